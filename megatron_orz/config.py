@@ -1,0 +1,281 @@
+"""Every knob of a run, as nested frozen dataclasses that check themselves on construction.
+
+A recipe in `examples/` builds one complete `Config`; tyro lets the command line change any field
+(`--ppo.num-steps 10`). What depends on the machine (world size, heads of the model) is checked by
+`ParallelConfig.check_world_size` and by the engine, before any model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from megatron_orz.types import LossMean
+
+DType: TypeAlias = Literal["float32", "bfloat16"]
+FleetKind: TypeAlias = Literal["vllm", "local"]
+ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then a constant rate."""
+
+    lr: float
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises linearly from 0 to `lr`."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """Applied to matrices only: biases, norms and the value head are not decayed."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    distributed: bool = True
+    """Shard the optimizer states over the data-parallel ranks."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"lr {self.lr} is not positive")
+        _require(self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps} is negative; 0 means none")
+        _require(self.clip_grad >= 0, f"clip_grad {self.clip_grad} is negative; 0 turns clipping off")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            _require(0 <= beta < 1, f"{name} {beta} is outside [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One Megatron model: where its weights come from, and how it is trained."""
+
+    path: Path
+    """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
+    optimizer: OptimizerConfig
+    dtype: DType = "float32"
+    """Type of the weights in the forward pass; the optimizer keeps float32 copies of bfloat16 weights."""
+    recompute: bool = False
+    """Recompute each layer's activations in the backward pass instead of keeping them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig(ModelConfig):
+    """The critic starts from the policy's base model, with a fresh value head in place of the LM head."""
+
+    value_head_init: ValueHeadInit = "normal"
+    """`normal`: N(0, 1/(H + 1)), the released code; `uniform`: U(-sqrt 5, sqrt 5), the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The grid of ranks; what is left of the world size after tp and pp is data parallel."""
+
+    tp: int = 1
+    """Tensor-parallel size: heads, MLP columns and the vocabulary are split."""
+    pp: int = 1
+    """Pipeline-parallel size: layers are split."""
+    sequence_parallel: bool = False
+    """Split the token dimension between tensor-parallel regions over the tp ranks."""
+    timeout_s: float = 600.0
+    """Deadline of every collective between trainer ranks."""
+
+    def __post_init__(self) -> None:
+        _require(self.tp >= 1 and self.pp >= 1, f"parallel.tp {self.tp} and parallel.pp {self.pp} must be at least 1")
+        _require(
+            self.tp > 1 or not self.sequence_parallel,
+            "parallel.sequence_parallel splits tokens over tensor-parallel ranks: it needs parallel.tp > 1",
+        )
+
+    def check_world_size(self, world_size: int) -> None:
+        """Raises ValueError when `world_size` ranks cannot be laid out as tp x pp x dp."""
+        _require(
+            world_size % (self.tp * self.pp) == 0,
+            f"world size {world_size} is not a multiple of tp*pp = {self.tp}*{self.pp}; "
+            "set parallel.tp and parallel.pp, or start another number of ranks (torchrun --nproc-per-node)",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """The algorithm. Defaults are the recipe's."""
+
+    num_steps: int
+    """PPO iterations: rollouts, then updates."""
+    num_prompts: int = 128
+    """Prompts per step."""
+    num_responses: int = 64
+    """Responses per prompt."""
+    num_policy_updates: int = 1
+    """Mini-batches (optimizer steps) the policy takes on a step's rollouts; 1 is strictly on-policy."""
+    num_critic_updates: int = 12
+    """Mini-batches (optimizer steps) the critic takes on a step's rollouts."""
+    gamma: float = 1.0
+    gae_lambda: float = 1.0
+    whiten_advantages: bool = True
+    """Shift and scale the advantages of a step to mean 0 and variance 1 over all response tokens."""
+    clip_eps: float = 0.2
+    """Clip range of the probability ratio."""
+    value_clip_eps: float = 0.2
+    """Clip range of the value around its old one; 0 turns value clipping off."""
+    loss_mean: LossMean = "token"
+    """What the losses are averaged over; the original's released code uses `pack`."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_prompts", "num_responses", "num_policy_updates", "num_critic_updates"):
+            _require(getattr(self, name) >= 1, f"ppo.{name} {getattr(self, name)} is not at least 1")
+        for name in ("gamma", "gae_lambda"):
+            _require(0 <= getattr(self, name) <= 1, f"ppo.{name} {getattr(self, name)} is outside [0, 1]")
+        _require(self.clip_eps > 0, f"ppo.clip_eps {self.clip_eps} is not positive")
+        _require(self.value_clip_eps >= 0, f"ppo.value_clip_eps {self.value_clip_eps} is negative; 0 turns it off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How responses are drawn."""
+
+    max_response_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    """-1 keeps the whole vocabulary."""
+    stop: tuple[str, ...] = ("User:", "Human:", "Assistant:", "</answer>")
+    """A response ends after the first of these strings, which stays in it."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_response_tokens >= 1, f"sampling.max_response_tokens {self.max_response_tokens} < 1")
+        _require(self.temperature > 0, f"sampling.temperature {self.temperature} is not positive")
+        _require(0 < self.top_p <= 1, f"sampling.top_p {self.top_p} is outside (0, 1]")
+        _require(self.top_k == -1 or self.top_k >= 1, f"sampling.top_k {self.top_k} is neither -1 nor positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The training prompts and the packs made of their rollouts."""
+
+    train: tuple[Path, ...]
+    """Prompt files: .json in the recipe's form, .jsonl or .parquet with the columns below."""
+    problem_column: str = "question"
+    answer_column: str = "answer"
+    template: str = "orz"
+    """Name of a built-in prompt template (`orz`, `short`), or a text that holds `{problem}`."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are dropped and counted."""
+    max_pack_tokens: int = 16384
+    """Token budget of a pack, which is also the micro-batch."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.train) > 0, "data.train names no file; give at least one prompt file")
+        _require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens {self.max_prompt_tokens} < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The rule-based verifier."""
+
+    timeout_s: float = 5.0
+    """Deadline of one comparison; past it the answer counts as timed out, with reward 0."""
+    num_workers: int = 2
+    """Verifier processes."""
+
+    def __post_init__(self) -> None:
+        _require(self.timeout_s > 0, f"reward.timeout_s {self.timeout_s} is not positive")
+        _require(self.num_workers >= 1, f"reward.num_workers {self.num_workers} < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """Where rollouts are generated."""
+
+    kind: FleetKind = "vllm"
+    """`vllm`: a server started and stopped by the run; `local`: transformers, inside the trainer."""
+    port: int = 0
+    """The server's port on 127.0.0.1; 0 picks a free one."""
+    max_model_tokens: int = 8192
+    """Longest prompt plus response a server accepts."""
+    kv_cache_gib: float = 1.0
+    """Memory of the server's key-value cache on the CPU."""
+    gpu_memory_share: float = 0.7
+    """Share of each GPU's memory a colocated server may use."""
+    start_timeout_s: float = 300.0
+    """Deadline for a server to answer its health check after it is started."""
+    request_timeout_s: float = 600.0
+    """Deadline of one generation request."""
+    update_timeout_s: float = 300.0
+    """Deadline of one weight update."""
+    max_batch_rollouts: int = 512
+    """Rollouts decoded together by the `local` fleet."""
+
+    def __post_init__(self) -> None:
+        for name in ("start_timeout_s", "request_timeout_s", "update_timeout_s", "kv_cache_gib"):
+            _require(getattr(self, name) > 0, f"fleet.{name} {getattr(self, name)} is not positive")
+        _require(0 < self.gpu_memory_share < 1, f"fleet.gpu_memory_share {self.gpu_memory_share} is outside (0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out prompts, answered and graded like the training prompts."""
+
+    data: tuple[Path, ...] = ()
+    """Prompt files; none turns evaluation off."""
+    interval: int = 10
+    """Evaluate before the first step, after every `interval` steps, and after the last one."""
+    num_responses: int = 4
+    """Responses per prompt: the score is avg@k for this k."""
+    max_prompts: int | None = None
+    """Use only the first prompts of each file."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 1, f"evaluation.interval {self.interval} < 1")
+        _require(self.num_responses >= 1, f"evaluation.num_responses {self.num_responses} < 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run, complete."""
+
+    run_dir: Path
+    """Everything the run writes: metrics, curves, config.json, the final checkpoint."""
+    policy: ModelConfig
+    critic: CriticConfig
+    ppo: PPOConfig
+    sampling: SamplingConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    dry_run: bool = False
+    """Check everything that can be checked without building a model, print the resolved config, and stop."""
+
+    def __post_init__(self) -> None:
+        longest = self.data.max_prompt_tokens + self.sampling.max_response_tokens
+        _require(
+            longest <= self.fleet.max_model_tokens,
+            f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
+            f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
+            "data.max_prompt_tokens or sampling.max_response_tokens",
+        )
+        _require(
+            longest <= self.data.max_pack_tokens,
+            f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
+            f"do not fit data.max_pack_tokens {self.data.max_pack_tokens}; raise it to at least {longest}",
+        )
+        num_rollouts = self.ppo.num_prompts * self.ppo.num_responses
+        num_updates = max(self.ppo.num_policy_updates, self.ppo.num_critic_updates)
+        _require(
+            num_rollouts >= num_updates,
+            f"{num_rollouts} rollouts a step cannot be split into {num_updates} mini-batches; "
+            "raise ppo.num_prompts or lower ppo.num_critic_updates",
+        )
+
+
+def to_json(config: Any) -> str:
+    """A config dataclass as indented JSON, paths as text."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"

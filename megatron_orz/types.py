@@ -1,0 +1,197 @@
+"""What flows through a run, and the two interfaces the PPO loop needs.
+
+    Prompt --generate--> Rollout --grade--> Rollout --pack--> PackedBatch --estimate--> Experience
+
+Letters in shapes: T packed tokens, B sequences in a pack, V vocabulary, H hidden size.
+
+One alignment rule: every [T] array is aligned with `targets`. `log_probs[t]` is the log-probability of
+`targets[t]`; `values[t]` is the value of the state from which `targets[t]` is chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, Self, TypeAlias
+
+from torch import Tensor, device
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+Metrics: TypeAlias = dict[str, float]
+NamedWeights: TypeAlias = Iterator[tuple[str, Tensor]]
+"""Hugging Face names and whole (unsharded) tensors, in a fixed order."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """One problem, already rendered and tokenised: no text is tokenised after this point."""
+
+    prompt_id: int
+    token_ids: list[int]
+    answer: str
+    source: str
+    """Name of the data file the problem comes from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grade:
+    """The verdict of a verifier on one response."""
+
+    reward: float
+    is_correct: bool
+    """The extracted answer equals the reference, however the response ended."""
+    is_formatted: bool
+    """An answer could be extracted at all."""
+    timed_out: bool
+    """The comparison ran into its deadline: the reward is 0, but the answer is not known to be wrong."""
+    extracted: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout:
+    """One response to a prompt, as token ids sampled by a server."""
+
+    prompt: Prompt
+    response_ids: list[int]
+    rollout_log_probs: list[float]
+    """The server's own log-probability of each response token, under the sampling distribution."""
+    finish_reason: FinishReason
+    policy_version: int
+    grade: Grade | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions the response occupies in a pack: the last token is a target only, never an input."""
+        return len(self.prompt.token_ids) + len(self.response_ids) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch:
+    """Sequences laid end to end. Inputs are `tokens`; what each position predicts is `targets`.
+
+    A sequence of n tokens fills n - 1 positions. For a prompt [p0 p1] and a response [r0 r1]:
+
+        tokens      p0     p1     r0
+        targets     p1     r0     r1
+        loss_mask   False  True   True
+    """
+
+    tokens: Tensor  # [T] int64
+    targets: Tensor  # [T] int64, shifted here and nowhere else
+    position_ids: Tensor  # [T] int64, from 0 in every sequence
+    cu_seqlens: Tensor  # [B + 1] int32, first 0, last T
+    max_seqlen: int
+    loss_mask: Tensor  # [T] bool, True where the target is a response token
+    rewards: Tensor  # [T] float32, the rollout's reward at its last response token, else 0
+    rollout_log_probs: Tensor  # [T] float32, 0 outside the response
+
+    def to(self, target: device | str) -> Self:
+        """The same batch on another device."""
+        moved = {
+            field.name: value.to(target, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experience(PackedBatch):
+    """A packed batch with what the policy and the critic said of it before the update."""
+
+    old_log_probs: Tensor  # [T] float32, log pi_old(targets[t])
+    old_values: Tensor  # [T] float32, V_old; zeros without a critic
+    advantages: Tensor  # [T] float32
+    returns: Tensor  # [T] float32
+
+    @classmethod
+    def from_batch(
+        cls,
+        batch: PackedBatch,
+        *,
+        old_log_probs: Tensor,
+        old_values: Tensor,
+        advantages: Tensor,
+        returns: Tensor,
+    ) -> Experience:
+        """Adds the estimates to a batch; every array is [T] float32."""
+        return cls(
+            **{field.name: getattr(batch, field.name) for field in fields(PackedBatch)},
+            old_log_probs=old_log_probs,
+            old_values=old_values,
+            advantages=advantages,
+            returns=returns,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyOutput:
+    """What a policy says of a pack. Both are differentiable in training."""
+
+    log_probs: Tensor  # [T] float32, natural log, after temperature
+    entropy: Tensor  # [T] float32, nats
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOutput:
+    """A loss before any reduction: the engine applies the mask, the weights and the sums."""
+
+    per_token: Tensor  # [T] float32, differentiable
+    metrics: Mapping[str, Tensor]  # name -> [T]; logged as the mean over loss tokens
+
+
+PolicyLoss: TypeAlias = Callable[[PolicyOutput, Experience], LossOutput]
+ValueLoss: TypeAlias = Callable[[Tensor, Experience], LossOutput]
+LossMean: TypeAlias = Literal["token", "pack", "sequence"]
+"""What every term of the loss is averaged over: all loss tokens of the mini-batch; the tokens of a pack,
+then the packs; the tokens of a sequence, then the sequences."""
+
+
+class Policy(Protocol):
+    """A trainable language model, one shard of which lives on this rank. Every call is collective."""
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Log-probabilities of the targets, a [T] float32 tensor for each batch."""
+        ...
+
+    def step(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> Metrics:
+        """One optimizer step on this rank's share of a mini-batch."""
+        ...
+
+    def hf_weights(self) -> NamedWeights:
+        """The whole weights under their Hugging Face names. Every rank must exhaust the iterator."""
+        ...
+
+
+class Critic(Protocol):
+    """A trainable value function, one shard of which lives on this rank. Every call is collective."""
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """Values of the states the targets are chosen from, a [T] float32 tensor for each batch."""
+        ...
+
+    def step(self, minibatch: Sequence[Experience], loss: ValueLoss) -> Metrics:
+        """One optimizer step on this rank's share of a mini-batch."""
+        ...
+
+
+class Fleet(Protocol):
+    """The inference servers. Called on every rank; every rank gets the same answer."""
+
+    def update_weights(self, weights: NamedWeights, version: int) -> None:
+        """Replaces the weights of every server; later rollouts carry `version`."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> list[Rollout]:
+        """`num_responses` rollouts for each prompt, siblings adjacent, in the order of the prompts.
+
+        on_rollout: called once for each finished rollout (progress bars), where generation happens.
+        """
+        ...
