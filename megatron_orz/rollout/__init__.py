@@ -1,0 +1,1 @@
+"""Rollout generation: inference servers, the client that talks to them, and the weights they receive."""

@@ -1,0 +1,1 @@
+"""Reinforcement learning of reasoning language models: PPO on Megatron-core, rollouts from an inference server."""

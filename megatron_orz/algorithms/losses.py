@@ -1,0 +1,93 @@
+"""The losses, a value for every token, and the weights that average them.
+
+A loss here is not reduced. `token_weights` turns the mean a run asks for into a weight for each token, such that the
+sum of weight * loss over every pack of every rank is that mean; the engine does the sum.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_orz.types import Experience, LossMean, LossOutput, PackedBatch, PolicyOutput
+
+
+def policy_loss(output: PolicyOutput, experience: Experience, *, clip_eps: float) -> LossOutput:
+    """PPO's clipped surrogate: -min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi / pi_old.
+
+    The KL divergence from pi_old is estimated as rho - 1 - log rho, which is never negative.
+    """
+    # Prompt tokens do not count, and must not overflow the exponential.
+    log_ratio = torch.where(experience.loss_mask, output.log_probs - experience.old_log_probs, 0.0)
+    ratio = log_ratio.exp()
+    unclipped = -ratio * experience.advantages
+    clipped = -ratio.clamp(1 - clip_eps, 1 + clip_eps) * experience.advantages
+    return LossOutput(
+        per_token=torch.maximum(unclipped, clipped),
+        metrics={
+            "policy/clip_share": (clipped > unclipped).float(),
+            "policy/approx_kl": (ratio - 1 - log_ratio).detach(),
+            "policy/entropy": output.entropy.detach(),
+            "policy/ratio": ratio.detach(),
+        },
+    )
+
+
+def value_loss(values: Tensor, experience: Experience, *, clip_eps: float) -> LossOutput:
+    """Clipped value loss: 0.5 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2).
+
+    values: [T] float32. clip_eps 0 turns clipping off.
+    """
+    unclipped = (values - experience.returns).square()
+    per_token, is_clipped = unclipped, torch.zeros_like(unclipped)
+    if clip_eps > 0:
+        change = (values - experience.old_values).clamp(-clip_eps, clip_eps)
+        clipped = (experience.old_values + change - experience.returns).square()
+        per_token, is_clipped = torch.maximum(unclipped, clipped), (clipped > unclipped).float()
+    return LossOutput(
+        per_token=0.5 * per_token,
+        metrics={"critic/clip_share": is_clipped, "critic/value": values.detach()},
+    )
+
+
+def next_token_loss(output: PolicyOutput, batch: PackedBatch) -> LossOutput:
+    """Cross-entropy of the targets, for supervised training: -log pi(target)."""
+    return LossOutput(per_token=-output.log_probs, metrics={"policy/entropy": output.entropy.detach()})
+
+
+def loss_totals(batches: Iterable[PackedBatch]) -> Tensor:
+    """Counts of loss tokens, of packs and of sequences that hold any: [3] float64, to be summed over ranks."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        per_sequence = _loss_tokens_per_sequence(batch)
+        counts = torch.stack([per_sequence.sum(), (per_sequence > 0).any(), (per_sequence > 0).sum()])
+        totals = totals.to(counts.device) + counts
+    return totals
+
+
+def token_weights(batch: PackedBatch, mean: LossMean, totals: Tensor) -> Tensor:
+    """The weight of each token in the mean over a mini-batch: [T] float32, 0 outside the mask.
+
+    totals: `loss_totals` of the whole mini-batch, summed over ranks. The weights of a mini-batch sum to 1.
+
+    With a pack of two responses of 1 and 3 tokens and another pack of one response of 2 tokens:
+
+        token       1/6              1/6, 1/6, 1/6              1/6, 1/6
+        pack        1/4 * 1/2        1/4 * 1/2 three times      1/2 * 1/2 twice
+        sequence    1/1 * 1/3        1/3 * 1/3 three times      1/2 * 1/3 twice
+    """
+    num_tokens, num_packs, num_sequences = totals.clamp(min=1).to(batch.loss_mask.device)
+    if mean == "token":
+        denominator = num_tokens
+    elif mean == "pack":
+        denominator = batch.loss_mask.sum() * num_packs
+    else:
+        per_sequence = _loss_tokens_per_sequence(batch) * num_sequences
+        denominator = per_sequence.repeat_interleave(batch.cu_seqlens.diff())
+    return torch.where(batch.loss_mask, 1 / denominator, 0.0).float()
+
+
+def _loss_tokens_per_sequence(batch: PackedBatch) -> Tensor:
+    """[B] int64."""
+    return F.pad(batch.loss_mask.cumsum(0), (1, 0))[batch.cu_seqlens].diff()

@@ -1,0 +1,288 @@
+"""From a file of problems to an endless, resumable stream of tokenised prompts.
+
+read_problems(path) -> Problem --render--> text --tokenise--> Prompt --PromptStream--> take(n)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_orz.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATES = {
+    "orz": (
+        "{bos_token}A conversation between User and Assistant. The User asks a question, and the Assistant solves it. "
+        "The Assistant first thinks about the reasoning process in the mind and then provides the User with the "
+        "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> "
+        "</answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. "
+        "User: You must put your answer inside <answer> </answer> tags, i.e., <answer> answer here </answer>. "
+        "And your final answer will be extracted automatically by the \\boxed{} tag.\n"
+        "This is the problem:\n"
+        "{problem}\n"
+        "Assistant: <think>"
+    ),
+    "short": "User: {problem}\nAssistant: <think>",
+}
+"""The recipe's prompt, whose two layers are written here as one text, and a short one for tiny models."""
+
+
+def resolve_template(template: str) -> str:
+    """The text of a built-in template, or `template` itself when it holds `{problem}`."""
+    text = TEMPLATES.get(template, template)
+    if "{problem}" not in text:
+        raise ValueError(
+            f"template {template!r} is neither a built-in name ({', '.join(TEMPLATES)}) nor a text that holds "
+            "{problem}; set data.template to one of them"
+        )
+    return text
+
+
+def render(template: str, problem: str, *, bos_token: str | None = None) -> str:
+    """The prompt's text. `{bos_token}` is filled where the template holds it, with nothing when there is none."""
+    # The problem goes in last, and both by plain replacement: LaTeX is full of braces.
+    return resolve_template(template).replace("{bos_token}", bos_token or "").replace("{problem}", problem)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One row of a data file: the question as it stands there, and the reference answer."""
+
+    text: str
+    answer: str
+
+
+def read_problems(path: Path, *, problem_column: str = "question", answer_column: str = "answer") -> Iterator[Problem]:
+    """The problems of a file, row by row.
+
+    .json     the recipe's training form, `[{"from": "human", "value": problem},
+              {"from": "assistant", "ground_truth": {"value": answer}}]` per item, or its evaluation
+              form, `{"prompt": [{"from": "user", "value": problem}], "final_answer": answer}`
+    .jsonl    an object per line with the two columns; of an answer in GSM8K's style only what follows `####`
+    .parquet  a table with the two columns
+
+    Raises ValueError naming the file, the row, the rule and the remedy.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check data.train and evaluation.data")
+    match path.suffix:
+        case ".json":
+            rows = _read_json(path)
+        case ".jsonl":
+            rows = _read_jsonl(path)
+        case ".parquet":
+            rows = _read_parquet(path, (problem_column, answer_column))
+        case suffix:
+            raise ValueError(f"{path}: unknown kind of file {suffix!r}; use .json, .jsonl or .parquet")
+
+    is_empty = True
+    for where, row in rows:
+        is_empty = False
+        if path.suffix == ".json":
+            problem, answer = _recipe_fields(row, where)
+        else:
+            problem, answer = (_column(row, column, where) for column in (problem_column, answer_column))
+        yield Problem(text=_text(problem, "problem", where), answer=_answer(answer, where))
+    if is_empty:
+        raise ValueError(f"{path}: holds no problems; remove it from the list of files, or fill it")
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    text = _decode(path, path.read_bytes())
+    if not text.strip():
+        return
+    items = _parse_json(text, str(path))
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: holds a JSON {type(items).__name__}, not a list of problems; wrap them in [...]")
+    for number, item in enumerate(items, start=1):
+        yield f"{path}: item {number}", item
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}: line {number}"
+            if text := _decode(where, line).strip():
+                yield where, _parse_json(text, where)
+
+
+def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({error}); write it with pyarrow or pandas") from error
+    present = file.schema_arrow.names
+    for column in columns:
+        if column not in present:
+            raise _missing_column(column, present, str(path))
+    rows = (row for batch in file.iter_batches(columns=list(columns)) for row in batch.to_pylist())
+    for number, row in enumerate(rows, start=1):
+        yield f"{path}: row {number}", row
+
+
+def _decode(where: str | Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{where}: byte {error.start} (line {line} of it) is not UTF-8; save it as UTF-8 (iconv -f latin1 -t utf-8)"
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: malformed JSON ({error}); correct it or remove it") from error
+
+
+def _recipe_fields(item: Any, where: str) -> tuple[Any, Any]:
+    match item:
+        case [{"from": "human", "value": problem}, {"from": "assistant", "ground_truth": {"value": answer}}, *_]:
+            return problem, answer
+        case {"prompt": [{"from": "user", "value": problem}, *_], "final_answer": answer}:
+            return problem, answer
+    raise ValueError(
+        f"{where}: is in neither of the recipe's forms; write it as "
+        '[{"from": "human", "value": problem}, {"from": "assistant", "ground_truth": {"value": answer}}] or '
+        '{"prompt": [{"from": "user", "value": problem}], "final_answer": answer}, '
+        "or use .jsonl with data.problem_column and data.answer_column"
+    )
+
+
+def _column(row: Any, column: str, where: str) -> Any:
+    if not isinstance(row, dict):
+        raise ValueError(f'{where}: is not an object with named columns; write {{"{column}": ...}}')
+    if column not in row:
+        raise _missing_column(column, list(row), where)
+    return row[column]
+
+
+def _missing_column(column: str, present: Sequence[str], where: str) -> ValueError:
+    return ValueError(
+        f"{where}: has no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; "
+        "set data.problem_column and data.answer_column"
+    )
+
+
+def _text(value: Any, name: str, where: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: the {name} {value!r} is neither text nor a number; correct or remove it")
+    if not value.strip():
+        raise ValueError(f"{where}: the {name} is empty; fill it in or remove it")
+    return value
+
+
+def _answer(value: Any, where: str) -> str:
+    _, gsm8k, final = _text(value, "answer", where).rpartition("####")
+    return _text(final.replace(",", "") if gsm8k else final, "answer", where).strip()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What became of the rows of all files together."""
+
+    num_read: int
+    num_kept: int
+    num_too_long: int
+    """Dropped: the rendered prompt is longer than the limit."""
+
+    def __str__(self) -> str:
+        return f"{self.num_kept} prompts of {self.num_read} rows ({self.num_too_long} too long)"
+
+
+def load_prompts(
+    paths: Sequence[Path],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    template: str,
+    max_prompt_tokens: int,
+    problem_column: str = "question",
+    answer_column: str = "answer",
+    max_prompts: int | None = None,
+) -> tuple[list[Prompt], LoadReport]:
+    """Every problem of the files, rendered and tokenised, without the ones that are too long.
+
+    max_prompts: read only the first rows of each file.
+
+    `prompt_id` counts the rows over all files in their order. A dropped row keeps its number, so the ids
+    do not depend on the limits on length.
+    """
+    prompts: list[Prompt] = []
+    num_read = 0
+    for path in paths:
+        rows = read_problems(path, problem_column=problem_column, answer_column=answer_column)
+        problems = list(islice(rows, max_prompts))
+        texts = [render(template, problem.text, bos_token=tokenizer.bos_token) for problem in problems]
+        # The template already holds the bos token, so the tokenizer must not add another.
+        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        prompts += (
+            Prompt(prompt_id=prompt_id, token_ids=ids, answer=problem.answer, source=path.name)
+            for prompt_id, (problem, ids) in enumerate(zip(problems, token_ids, strict=True), start=num_read)
+            if len(ids) <= max_prompt_tokens
+        )
+        num_read += len(problems)
+    if not prompts:
+        raise ValueError(
+            f"none of the {num_read} rows of {', '.join(map(str, paths))} fits max_prompt_tokens {max_prompt_tokens}; "
+            "raise data.max_prompt_tokens"
+        )
+    return prompts, LoadReport(num_read=num_read, num_kept=len(prompts), num_too_long=num_read - len(prompts))
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    """Raises ValueError when the tokenizer can produce an id the model has no embedding for."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's largest token id {largest} is not below the model's vocabulary size {vocab_size}; "
+            "use the tokenizer of the model's own checkpoint directory"
+        )
+
+
+class PromptStream:
+    """The prompts in an endless order: every epoch holds each of them once, reshuffled by (seed, epoch).
+
+    The whole state is `cursor`, the number of prompts taken so far: a stream built with the cursor of
+    another goes on exactly where that one stopped.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], *, seed: int, cursor: int = 0) -> None:
+        if not prompts:
+            raise ValueError("a stream needs at least one prompt; add data files or raise data.max_prompt_tokens")
+        if cursor < 0:
+            raise ValueError(f"cursor {cursor} is negative; it counts the prompts taken so far")
+        self.cursor = cursor
+        self._prompts = prompts
+        self._seed = seed
+
+    def take(self, num_prompts: int) -> list[Prompt]:
+        """The next prompts, across as many epochs as it takes."""
+        first, last = self.cursor, self.cursor + num_prompts
+        self.cursor = last
+        epoch_size = len(self._prompts)
+        return [
+            self._prompts[index]
+            for epoch in range(first // epoch_size, -(-last // epoch_size))
+            for index in self._order(epoch)[max(first - epoch * epoch_size, 0) : last - epoch * epoch_size]
+        ]
+
+    def _order(self, epoch: int) -> list[int]:
+        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts)).tolist()
+        return order

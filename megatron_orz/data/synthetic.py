@@ -1,0 +1,174 @@
+r"""Arithmetic made to order: problems, partly wrong solutions for a base model, and a tokenizer to match.
+
+A problem is a chain of small numbers, `7+8-3+9`. Its solution goes on where the `short` template stops,
+after `<think>`:
+
+    7+8=15
+    15-3=12
+    12+9=21</think><answer>\boxed{21}</answer>
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from megatron_orz.data.prompts import render
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArithmeticTask:
+    """What the problems look like, and how often a demonstration goes wrong."""
+
+    num_terms: tuple[int, int] = (3, 5)
+    """Fewest and most numbers in a chain."""
+    max_term: int = 9
+    """Every number is between 1 and this."""
+    step_error: float = 0.15
+    """Probability that the total of a step is wrong; the later steps carry on from it."""
+    format_error: float = 0.05
+    """Probability that the answer's closing tag or its box is missing."""
+
+    def __post_init__(self) -> None:
+        fewest, most = self.num_terms
+        if not 2 <= fewest <= most:
+            raise ValueError(f"num_terms {self.num_terms} is not a range that starts at 2 or more")
+        if self.max_term < 1:
+            raise ValueError(f"max_term {self.max_term} < 1")
+        for name in ("step_error", "format_error"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1]")
+
+
+def make_problems(task: ArithmeticTask, *, num_train: int, num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """Training and held-out problems, all different. The held-out ones do not depend on `num_train`."""
+    num_problems = num_train + num_held_out
+    if num_problems > (available := count_problems(task)):
+        raise ValueError(f"{num_problems} problems asked for, and only {available} exist; raise num_terms or max_term")
+    rng = random.Random(seed)
+    problems: dict[str, None] = {}  # a set that keeps its order
+    while len(problems) < num_problems:
+        problems[_draw_problem(task, rng)] = None
+    ordered = list(problems)
+    return ordered[num_held_out:], ordered[:num_held_out]
+
+
+def count_problems(task: ArithmeticTask) -> int:
+    """How many different problems there are: chains whose running totals never fall below 0."""
+    count = 0
+    chains = Counter(dict.fromkeys(range(1, task.max_term + 1), 1))  # running total -> chains that end in it
+    for length in range(2, task.num_terms[1] + 1):
+        longer: Counter[int] = Counter()
+        for total, number in chains.items():
+            for term in range(1, task.max_term + 1):
+                longer[total + term] += number
+                if term <= total:
+                    longer[total - term] += number
+        chains = longer
+        if length >= task.num_terms[0]:
+            count += chains.total()
+    return count
+
+
+def _draw_problem(task: ArithmeticTask, rng: random.Random) -> str:
+    total = rng.randint(1, task.max_term)
+    text = str(total)
+    for _ in range(rng.randint(*task.num_terms) - 1):
+        term = rng.randint(1, task.max_term)
+        sign = rng.choice("+-") if term <= total else "+"
+        total = total + term if sign == "+" else total - term
+        text += f"{sign}{term}"
+    return text
+
+
+def solve(problem: str) -> int:
+    """The right answer: `solve("7+8-3+9") == 21`."""
+    return sum(map(int, re.findall(r"[+-]?\d+", problem)))
+
+
+def write_solution(problem: str, task: ArithmeticTask, rng: random.Random) -> str:
+    """A worked solution that errs as often as the task says, and otherwise follows from its own steps."""
+    first, *terms = re.findall(r"[+-]?\d+", problem)
+    total = int(first)
+    steps = []
+    for term in terms:
+        right = total + int(term)
+        is_wrong = rng.random() < task.step_error
+        written = _near_miss(right, rng) if is_wrong else right
+        steps.append(f"{total}{term}={written}")
+        total = written
+    answer = f"<answer>\\boxed{{{total}}}</answer>"
+    if rng.random() < task.format_error:
+        answer = rng.choice([f"<answer>\\boxed{{{total}}}", f"<answer>{total}</answer>"])
+    return "\n".join(steps) + "</think>" + answer
+
+
+def make_demonstrations(
+    problems: Iterable[str], tokenizer: PreTrainedTokenizerBase, task: ArithmeticTask, *, seed: int
+) -> list[tuple[list[int], list[int]]]:
+    """For every problem its prompt and one solution that ends in the eos token, as (prompt_ids, target_ids)."""
+    rng = random.Random(seed)
+    return [
+        (
+            tokenizer(render("short", problem), add_special_tokens=False)["input_ids"],
+            [*tokenizer(write_solution(problem, task, rng))["input_ids"], tokenizer.eos_token_id],
+        )
+        for problem in problems
+    ]
+
+
+def _near_miss(right: int, rng: random.Random) -> int:
+    """Another total, at most 3 away where that is not negative."""
+    lowest = max(right - 3, 0)
+    return rng.choice([total for total in range(lowest, max(right, lowest) + 4) if total != right])
+
+
+def write_problems(path: Path, problems: Iterable[str]) -> None:
+    """Writes the problems with their right answers as JSONL (`question`, `answer`); all of them or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            for problem in problems:
+                file.write(json.dumps({"question": problem, "answer": str(solve(problem))}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+_WORDS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "User:", "Assistant:")
+_END = "<|endoftext|>"
+_UNKNOWN = "<|unknown|>"
+_VOCAB_SIZE = 128
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    r"""One token per printable ASCII character or newline, and one for each tag, `\boxed{`, `User:`, `Assistant:`.
+
+    The tags are ordinary tokens, so decoding keeps them; `<|endoftext|>` ends a text and pads a batch. Unused
+    entries, which no text is encoded to, fill the vocabulary to 128, which 2, 4 and 8 divide.
+    """
+    tokens = [_END, _UNKNOWN, *_WORDS, "\n", *map(chr, range(0x20, 0x7F))]
+    tokens += [f"<|unused{number}|>" for number in range(_VOCAB_SIZE - len(tokens))]
+    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=_UNKNOWN))
+    # Every match is a token: the words where they occur, else a single character.
+    words = "|".join(map(re.escape, _WORDS))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{words}|[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()  # without a decoder, tokens are joined by spaces
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=_END,
+        pad_token=_END,
+        unk_token=_UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,184 @@
+"""Packed causal attention for megatron-core without TransformerEngine.
+
+A pack is handed to megatron-core as one long sequence (`sbhd` with a batch of one) whose rotary angles are
+already gathered by position, so that its own code never loops over sequences. This module alone knows where
+they begin and end.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+PADDING_SHARE = 0.15
+"""Most of a group's positions that may be padding before another group is opened."""
+
+
+@dataclass(frozen=True)
+class PaddedGroups:
+    """The sequences of a pack in groups of similar length, each group padded to its longest sequence.
+
+    All groups lie one after the other in one padded array of N positions.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    """(sequences, padded length) of each group."""
+    source: Tensor
+    """[N] the pack position behind each padded position; 0 where there is none."""
+    destination: Tensor
+    """[T] the padded position of each pack position."""
+
+
+@dataclass
+class PackLayout(PackedSeqParams):
+    """Where the sequences of a pack lie, computed once a pack and used by every layer.
+
+    groups: None where a variable-length kernel reads `cu_seqlens_q` itself.
+    """
+
+    groups: PaddedGroups | None = None
+
+
+def pack_layout(cu_seqlens: Tensor, max_seqlen: int, *, dtype: torch.dtype) -> PackLayout:
+    """Describes a pack to the attention below. cu_seqlens: [B + 1] int32; dtype: that of the activations."""
+    has_kernel = cu_seqlens.is_cuda and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
+    return PackLayout(
+        qkv_format="sbhd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+        groups=None if has_kernel else _group_by_length(cu_seqlens),
+    )
+
+
+def _group_by_length(cu_seqlens: Tensor) -> PaddedGroups:
+    boundaries = cu_seqlens.cpu().long()
+    starts, lengths = boundaries[:-1], boundaries.diff()
+    order = lengths.argsort(descending=True)
+    cuts = _cut_where_padding_grows(lengths[order].tolist())
+    shapes, source, inside = [], [], []
+    for first, last in itertools.pairwise(cuts):
+        members = order[first:last]
+        position = torch.arange(int(lengths[members[0]]))
+        is_inside = position < lengths[members, None]
+        shapes.append(tuple(is_inside.shape))
+        source.append(torch.where(is_inside, starts[members, None] + position, 0).flatten())
+        inside.append(is_inside.flatten())
+    padded_source, is_inside = torch.cat(source), torch.cat(inside)
+    destination = torch.empty(int(boundaries[-1]), dtype=torch.long)
+    destination[padded_source[is_inside]] = is_inside.nonzero().squeeze(1)
+    device = cu_seqlens.device
+    return PaddedGroups(shapes=tuple(shapes), source=padded_source.to(device), destination=destination.to(device))
+
+
+def _cut_where_padding_grows(descending_lengths: list[int]) -> list[int]:
+    """Indices at which groups begin, and the end: a group closes before its padding exceeds PADDING_SHARE."""
+    cuts, used = [0], 0
+    for index, length in enumerate(descending_lengths):
+        longest, num_members = descending_lengths[cuts[-1]], index - cuts[-1] + 1
+        if used + length < (1 - PADDING_SHARE) * longest * num_members:
+            cuts.append(index)
+            used = 0
+        used += length
+    return [*cuts, len(descending_lengths)]
+
+
+class _Rearrange(torch.autograd.Function):
+    """y[i] = x[index[i]], where `inverse` leads back: x[j] = y[inverse[j]].
+
+    Rows that `inverse` does not name are padding; their gradient is zero by causality, so the backward pass is a
+    gather too, never a scatter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors
+        return grads[0].index_select(0, inverse), None, None
+
+
+class PackedAttention(MegatronModule):
+    """`core_attention` of a layer: causal within each sequence of a `PackLayout`, grouped-query, no dropout."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal), attn_mask_type
+        assert config.attention_dropout == 0.0
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackLayout | None = None,
+    ) -> Tensor:
+        """query: [T, 1, heads, d]; key, value: [T, 1, kv_heads, d]. Returns [T, 1, heads * d]."""
+        assert packed_seq_params is not None
+        assert attention_mask is None
+        assert attention_bias is None
+        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if packed_seq_params.groups is None:
+            out = _varlen_attention(q, k, v, packed_seq_params, self.scale)
+        else:
+            out = _padded_attention(q, k, v, packed_seq_params.groups, self.scale)
+        return out.reshape(out.shape[0], 1, -1)
+
+
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, groups: PaddedGroups, scale: float) -> Tensor:
+    """One dense causal call for each group. Padding follows its sequence, where causality keeps it out of sight."""
+    sizes = [num_sequences * length for num_sequences, length in groups.shapes]
+    padded = [_Rearrange.apply(x, groups.source, groups.destination).split(sizes) for x in (q, k, v)]
+    outputs = []
+    for shape, *group in zip(groups.shapes, *padded, strict=True):
+        queries, keys, values = (x.view(*shape, *x.shape[1:]).transpose(1, 2) for x in group)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, groups.destination)
+
+
+def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float) -> Tensor:
+    options: dict[str, Any] = {"scale": scale}
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        options |= {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    else:  # torch before 2.13
+        options |= {"is_causal": True}
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    cu_seqlens, longest = layout.cu_seqlens_q, layout.max_seqlen_q
+    return varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, longest, longest, **options
+    )

@@ -1,0 +1,139 @@
+"""Builds policy and critic as megatron-core `GPTModel`s from an `Architecture`.
+
+The head is deferred: the last pipeline stage returns hidden states, and the engine applies the head (the output
+weight through `ops.linear_log_prob`, or the value head) outside, so that no full logits are ever made.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_orz.config import DType, ValueHeadInit
+from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.attention import PackedAttention
+from megatron_orz.engine.parallel import Mesh
+
+DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that sequence parallelism can use: megatron-core's wrapper refuses it (`transformer/torch_norm.py`)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # finalize_model_grads sums the gradient of such a weight over the tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[assignment]
+
+
+class ValueHead(torch.nn.Module):
+    """A linear map from a hidden state to a value, without bias, whole on every tensor-parallel rank."""
+
+    def __init__(self, hidden_size: int, *, init: ValueHeadInit, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.empty(1, hidden_size)
+        if init == "normal":
+            weight.normal_(std=math.sqrt(1 / (hidden_size + 1)), generator=generator)
+        else:
+            weight.uniform_(-math.sqrt(5), math.sqrt(5), generator=generator)
+        self.weight = torch.nn.Parameter(weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T] float32."""
+        return (hidden.float() @ self.weight.float().t()).squeeze(1)
+
+
+class HeadlessGPTModel(GPTModel):
+    """A `GPTModel` whose last stage returns hidden states, and whose rotary angles follow `position_ids`."""
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        decoder_input, rotary_pos_emb, *rest = super()._preprocess(*args, **kwargs)
+        position_ids = kwargs["position_ids"]
+        return (decoder_input, rotary_pos_emb.index_select(0, position_ids[0]), *rest)
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+
+def build_model(
+    architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: bool, value_head: ValueHead | None
+) -> HeadlessGPTModel:
+    """Builds this rank's layers, without weights: `weights.load_hf` fills them."""
+    config = _transformer_config(architecture, mesh, DTYPES[dtype], recompute=recompute)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = PackedAttention
+    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    gpt = HeadlessGPTModel(
+        config=config,
+        transformer_layer_spec=block,
+        vocab_size=architecture.padded_vocab_size(mesh.tp),
+        max_sequence_length=architecture.max_position,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        share_embeddings_and_output_weights=architecture.tied_embeddings and value_head is None,
+        position_embedding_type="rope",
+        rotary_base=architecture.rope_theta,
+    )
+    if value_head is not None and mesh.is_last_stage:
+        gpt.output_layer = value_head.to(config.params_dtype)
+    return gpt.to(mesh.device)
+
+
+def _transformer_config(
+    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, *, recompute: bool
+) -> TransformerConfig:
+    recompute_options: dict[str, Any] = {}
+    if recompute:
+        recompute_options = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_size,
+        num_attention_heads=architecture.num_heads,
+        num_query_groups=architecture.num_kv_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=architecture.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=mesh.tp,
+        pipeline_model_parallel_size=mesh.pp,
+        sequence_parallel=mesh.config.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        # Packs differ in length; megatron-core accepts that only beside this dispatcher, dense models included.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        # Gradients are sums of weighted token losses: nothing divides them by micro-batches or ranks.
+        calculate_per_token_loss=True,
+        # The weights are loaded, never drawn.
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        # Fused kernels that need apex or TransformerEngine, or that only CUDA has.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute_options,
+    )

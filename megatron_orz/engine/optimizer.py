@@ -1,0 +1,102 @@
+"""AdamW on Megatron shards: mixed precision, clipping, warm-up, and a guard against non-finite gradients."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_orz.config import OptimizerConfig
+
+MAX_SKIPPED_UPDATES = 3
+"""Non-finite gradients in a row after which the run stops."""
+
+logger = logging.getLogger(__name__)
+
+
+class Optimizer:
+    """One model's optimizer and schedule. Every call is collective over the model's ranks."""
+
+    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, name: str) -> None:
+        transformer: TransformerConfig = model.config
+        self._config = config
+        self._name = name
+        self._model = model
+        self._optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adam_beta1=config.beta1,
+                adam_beta2=config.beta2,
+                adam_eps=config.eps,
+                clip_grad=config.clip_grad,
+                bf16=transformer.bf16,
+                params_dtype=transformer.params_dtype,
+                use_distributed_optimizer=config.distributed,
+            ),
+            [model],
+        )
+        # Besides the warm-up, the scheduler is what makes megatron-core spare biases and norms from weight decay.
+        self._schedule = OptimizerParamScheduler(
+            self._optimizer,
+            init_lr=0.0,
+            max_lr=config.lr,
+            min_lr=config.lr,
+            lr_warmup_steps=config.warmup_steps,
+            lr_decay_steps=config.warmup_steps + 1,
+            lr_decay_style="constant",
+            start_wd=config.weight_decay,
+            end_wd=config.weight_decay,
+            wd_incr_steps=1,
+            wd_incr_style="constant",
+        )
+        self._schedule.step(1)  # The n-th update of the warm-up runs at n / warmup_steps of the rate.
+        self._skipped_in_a_row = 0
+
+    @property
+    def lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        self._model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+
+    def step(self) -> dict[str, float]:
+        """Clips and applies the gradients, unless they are not finite: then the weights stay as they are.
+
+        Returns {grad_norm, lr, skipped_updates}. Raises RuntimeError after MAX_SKIPPED_UPDATES skips in a row.
+        """
+        lr = self.lr
+        self._optimizer.prepare_grads()
+        grad_norm = float(self._optimizer.get_grad_norm())
+        is_finite = math.isfinite(grad_norm)
+        if is_finite:
+            self._skipped_in_a_row = 0
+            self._clip(grad_norm)
+            self._optimizer.step_with_ready_grads()
+        else:
+            self._skipped_in_a_row += 1
+            logger.warning("%s: gradient norm is %s; the update is skipped", self._name, grad_norm)
+            if self._skipped_in_a_row >= MAX_SKIPPED_UPDATES:
+                raise RuntimeError(
+                    f"{self._name}: the gradients of {MAX_SKIPPED_UPDATES} updates in a row are not finite; "
+                    "lower the learning rate or look at the data of the last steps"
+                )
+        self._schedule.step(1)
+        return {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(not is_finite)}
+
+    def _clip(self, grad_norm: float) -> None:
+        if self._config.clip_grad == 0:
+            return
+        parts: list[Any] = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        for part in parts:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, grad_norm)

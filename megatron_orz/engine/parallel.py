@@ -1,0 +1,103 @@
+"""The grid of trainer ranks: process groups of one run, built once and passed to whoever needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_orz.config import ParallelConfig
+from megatron_orz.engine import platform
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This rank's place on the tp x pp x dp grid, and the groups it belongs to."""
+
+    config: ParallelConfig
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_rank: int
+    pp_rank: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+
+    @property
+    def tp(self) -> int:
+        return self.config.tp
+
+    @property
+    def pp(self) -> int:
+        return self.config.pp
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp - 1
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The last pipeline stage's `tensor`, on every stage; the others pass one of the same shape to fill."""
+        if self.pp > 1:
+            dist.broadcast(tensor, group=self.pp_group, group_src=self.pp - 1)
+        return tensor
+
+
+def _join_process_group(timeout_s: float) -> None:
+    """Joins the group torchrun (or srun) describes in the environment, or a group of one."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_s)
+    if "WORLD_SIZE" in os.environ:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+@contextlib.contextmanager
+def open_mesh(config: ParallelConfig, *, seed: int) -> Iterator[Mesh]:
+    """Builds the process groups, and takes them down again.
+
+    Raises ValueError when the world size does not fit the layout.
+    """
+    config.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
+    platform.install()
+    from megatron.core import parallel_state, tensor_parallel
+
+    _join_process_group(config.timeout_s)
+    try:
+        with platform.megatron_calls():
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=config.tp,
+                pipeline_model_parallel_size=config.pp,
+                distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
+            )
+            tensor_parallel.model_parallel_cuda_manual_seed(seed)
+        yield Mesh(
+            config=config,
+            device=platform.device(),
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""Generalised advantage estimation over packed sequences."""
+
+import torch
+from torch import Tensor
+
+from megatron_orz.ops import extension, reference
+from megatron_orz.ops.checks import check_packed
+
+if extension.NOT_BUILT is None:
+
+    @torch.library.register_fake("megatron_orz::packed_gae")
+    def _(
+        rewards: Tensor, values: Tensor, cu_seqlens: Tensor, gamma: float, gae_lambda: float
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(rewards), torch.empty_like(values)
+
+
+@torch.no_grad()
+def packed_gae(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, restarting at every sequence; the formula is in `reference.packed_gae`.
+
+    rewards, values: [T] float32 or float64; cu_seqlens: [B + 1] int32. Returns two [T] tensors without gradient.
+    Raises ValueError when shapes, types, devices or boundaries do not fit together.
+
+        >>> packed_gae(torch.tensor([0.0, 1.0, 0.5]), torch.zeros(3), torch.tensor([0, 2, 3], dtype=torch.int32),
+        ...            gamma=1.0, gae_lambda=1.0)[0]
+        tensor([1.0000, 1.0000, 0.5000])
+    """
+    check_packed(cu_seqlens, rewards=rewards, values=values)
+    if extension.has_kernel("packed_gae", rewards.device.type):
+        return torch.ops.megatron_orz.packed_gae(rewards, values, cu_seqlens, gamma, gae_lambda)
+    return reference.packed_gae(rewards, values, cu_seqlens, gamma=gamma, gae_lambda=gae_lambda)

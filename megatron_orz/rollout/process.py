@@ -1,0 +1,68 @@
+"""A server process that never outlives the trainer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+_SUPERVISOR = Path(__file__).with_name("supervisor.py")
+_GRACE_S = 5.0
+
+
+class SupervisedProcess:
+    """A command run under `supervisor.py`, its output in a log file; a context manager that ends it.
+
+    The supervisor has a session of its own: Ctrl-C in the terminal reaches the trainer, which then closes the server
+    in order.
+    """
+
+    def __init__(self, command: Sequence[str], *, environment: Mapping[str, str], log_path: Path) -> None:
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("wb") as log:
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_SUPERVISOR), str(os.getpid()), str(_GRACE_S), *command],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's process id; the command runs below it."""
+        return self._supervisor.pid
+
+    def exit_code(self, *, wait_s: float = 0.0) -> int | None:
+        """The exit code of the command once all of it has ended within `wait_s` seconds, else None."""
+        try:
+            return self._supervisor.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def log_tail(self, num_lines: int = 20) -> str:
+        """The last lines the command wrote."""
+        lines = self.log_path.read_text(errors="replace").splitlines()
+        return "\n".join(lines[-num_lines:])
+
+    def close(self) -> None:
+        """Ends the command and all its descendants; returns when they are gone."""
+        self._supervisor.terminate()
+        # The supervisor ends by itself soon after the grace: it sends SIGKILL until nothing is left.
+        if self.exit_code(wait_s=2 * _GRACE_S) is None:
+            self._supervisor.kill()
+            self._supervisor.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
