@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 from torch import Tensor, device
 
@@ -87,7 +87,7 @@ class PackedBatch:
 
     def to(self, target: device | str) -> Self:
         """The same batch on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(target, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -194,4 +194,31 @@ class Fleet(Protocol):
 
         on_rollout: called once for each finished rollout (progress bars), where generation happens.
         """
+        ...
+
+
+class Grader(Protocol):
+    """The verifier. Called on every rank with the same rollouts; every rank gets the same answer."""
+
+    def grade(self, rollouts: Sequence[Rollout], *, on_grade: Callable[[], None] | None = None) -> list[Rollout]:
+        """The same rollouts in the same order, each with its `grade`."""
+        ...
+
+
+class DataParallel(Protocol):
+    """This rank's share of the data. Ranks with equal `dp_rank` work on the same packs."""
+
+    @property
+    def dp_rank(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+    @property
+    def pack_multiple(self) -> int:
+        """The number of tokens in a pack is a multiple of this."""
+        ...
+
+    def dp_all_gather(self, tensor: Tensor) -> Tensor:
+        """A small tensor of every data-parallel rank, stacked in their order: [...] -> [dp_size, ...]."""
         ...

@@ -19,8 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from megatron_orz.data.prompts import render
 
@@ -148,27 +148,19 @@ def write_problems(path: Path, problems: Iterable[str]) -> None:
 
 _WORDS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "User:", "Assistant:")
 _END = "<|endoftext|>"
-_UNKNOWN = "<|unknown|>"
-_VOCAB_SIZE = 128
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    r"""One token per printable ASCII character or newline, and one for each tag, `\boxed{`, `User:`, `Assistant:`.
+def build_tokenizer() -> PreTrainedTokenizerBase:
+    r"""One token per byte, and one for each tag, `\boxed{`, `User:` and `Assistant:`.
 
-    The tags are ordinary tokens, so decoding keeps them; `<|endoftext|>` ends a text and pads a batch. Unused
-    entries, which no text is encoded to, fill the vocabulary to 128, which 2, 4 and 8 divide.
+    The tags are ordinary tokens, so decoding keeps them; `<|endoftext|>` ends a text and pads a batch.
+
+    It is Qwen2's own tokenizer class without merges: beside a Qwen2 config.json, AutoTokenizer (and with it every
+    server) loads that class whatever class saved the files, and reads other pre-tokenisers wrongly, without an error.
     """
-    tokens = [_END, _UNKNOWN, *_WORDS, "\n", *map(chr, range(0x20, 0x7F))]
-    tokens += [f"<|unused{number}|>" for number in range(_VOCAB_SIZE - len(tokens))]
-    tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=_UNKNOWN))
-    # Every match is a token: the words where they occur, else a single character.
-    words = "|".join(map(re.escape, _WORDS))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{words}|[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()  # without a decoder, tokens are joined by spaces
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=_END,
-        pad_token=_END,
-        unk_token=_UNKNOWN,
-        clean_up_tokenization_spaces=False,
+    entries = [_END, *_WORDS, *bytes_to_unicode().values()]
+    tokenizer = Qwen2Tokenizer(
+        vocab={entry: index for index, entry in enumerate(entries)}, merges=[], eos_token=_END, pad_token=_END
     )
+    tokenizer.add_tokens(list(_WORDS))
+    return tokenizer

@@ -88,8 +88,7 @@ _TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf)\{([^{}]*)\}")
 @lru_cache(maxsize=8192)
 def _normalise(answer: str) -> str:
     """The same answer without what only changes its looks: spacing, dollars, `\\left`, `\\dfrac`, a text wrapper."""
-    answer = answer.replace("\\$", "").strip("$ \n\t").rstrip(". ")
-    answer = _SPACING.sub("", answer)
+    answer = _SPACING.sub("", answer.replace("\\$", "").lstrip("$ \n\t").rstrip("$. \n\t"))
     if text := _TEXT.fullmatch(answer):
         answer = text[1]
     return answer.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
@@ -141,8 +140,9 @@ class Verifier:
 
         def settle(pair: tuple[str | None, str], verdict: bool | None) -> None:
             verdicts[pair] = verdict
-            for _ in range(counts[pair] if on_grade else 0):
-                on_grade()
+            if on_grade is not None:
+                for _ in range(counts[pair]):
+                    on_grade()
 
         for pair in counts:
             answer, reference = pair
@@ -219,8 +219,8 @@ class _Worker:
         if not is_ready:
             self.stop()
             raise RuntimeError(
-                f"a verifier process was not ready within {_START_TIMEOUT_S:.0f} s; see its message above, and check "
-                "that `python -c 'import math_verify'` works"
+                f"a verifier process died while starting, or was not ready within {_START_TIMEOUT_S:.0f} s; see its "
+                "message above, and check that `python -c 'import math_verify'` works"
             )
 
     def stop(self) -> None:

@@ -1,0 +1,42 @@
+"""Grades rollouts with the verifier, every rank its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron_orz.ranks import Ranks
+from megatron_orz.rewards.math_answer import Verifier
+from megatron_orz.types import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class MathGrader:
+    """A `Grader`: the text of a response against the reference answer of its prompt."""
+
+    def __init__(self, verifier: Verifier, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
+        self._verifier = verifier
+        self._tokenizer = tokenizer
+        self._ranks = ranks
+
+    def grade(self, rollouts: Sequence[Rollout], *, on_grade: Callable[[], None] | None = None) -> list[Rollout]:
+        """Every rank gets the same rollouts and returns all of them graded; it grades every n-th one itself."""
+        mine = rollouts[self._ranks.rank :: self._ranks.size]
+        with self._ranks.share_fate("grading"):
+            texts = self._tokenizer.batch_decode([rollout.response_ids for rollout in mine])
+            grades = self._verifier.grade(
+                [
+                    (text, rollout.finish_reason, rollout.prompt.answer)
+                    for text, rollout in zip(texts, mine, strict=True)
+                ],
+                on_grade=on_grade,
+            )
+        shares = self._ranks.gather(grades)
+        num_ranks = self._ranks.size
+        return [
+            replace(rollout, grade=shares[index % num_ranks][index // num_ranks])
+            for index, rollout in enumerate(rollouts)
+        ]

@@ -1,0 +1,193 @@
+"""Templates, readers, tokenising and the endless order of prompts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import jinja2
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts, read_problems, render
+from megatron_orz.data.synthetic import build_tokenizer
+from megatron_orz.types import Prompt
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+TOKENIZER = build_tokenizer()
+
+ORZ_GOLDEN = (
+    "<s>A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
+    "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. The "
+    "reasoning process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, "
+    "respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>. User: You must put "
+    "your answer inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer will be "
+    "extracted automatically by the \\boxed{} tag.\nThis is the problem:\nWhat is $\\frac{6}{2}$?\nAssistant: <think>"
+)
+
+
+def shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not there")
+    return path
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_orz_template_is_the_recipes_byte_for_byte() -> None:
+    assert render("orz", "What is $\\frac{6}{2}$?", bos_token="<s>") == ORZ_GOLDEN
+    assert render("orz", "What is $\\frac{6}{2}$?", bos_token=None) == ORZ_GOLDEN.removeprefix("<s>")
+
+
+@given(problem=st.text(max_size=30), ending=st.sampled_from(["", "\n", "\n\n", "{problem}", "{bos_token}", "{{x}}"]))
+def test_orz_template_equals_the_two_layers_of_the_template_engine(problem: str, ending: str) -> None:
+    instruction, conversation = ORZ_GOLDEN.split("User: You must")
+    instruction, conversation = "You must" + conversation, instruction.replace("<s>", "{{bos_token}}") + "User: "
+    # Each layer ends in a newline in the source, which the engine drops; the problem's own newlines stay.
+    inner = instruction.split("What is")[0] + "{{problem}}\n"
+    outer = conversation + "{{instruction}}\nAssistant: <think>\n"
+    text = problem.replace("\r", "") + ending
+    rendered = jinja2.Template(inner).render(problem=text)
+    assert render("orz", text, bos_token="<s>") == jinja2.Template(outer).render(bos_token="<s>", instruction=rendered)
+
+
+def test_short_and_custom_templates() -> None:
+    assert render("short", "1+2", bos_token="<s>") == "User: 1+2\nAssistant: <think>"
+    assert render("Q {problem} A", "{bos_token}") == "Q {bos_token} A"
+    with pytest.raises(ValueError, match=r"'shrot' is neither a built-in name \(orz, short\)"):
+        render("shrot", "1+2")
+
+
+def test_recipe_forms_are_read(tmp_path: Path) -> None:
+    training = [[{"from": "human", "value": "1+1?"}, {"from": "assistant", "ground_truth": {"value": "2"}}]]
+    evaluation = [{"prompt": [{"from": "user", "value": "1+1?"}], "final_answer": "2", "file_name": "x"}]
+    for name, items in (("train", training), ("eval", evaluation)):
+        [problem] = read_problems(write(tmp_path / f"{name}.json", json.dumps(items)))
+        assert (problem.text, problem.answer) == ("1+1?", "2")
+
+
+def test_tables_are_read_by_column(tmp_path: Path) -> None:
+    rows = [{"q": "a?", "a": "1,000"}, {"q": "b?", "a": 7}, {"q": "c?", "a": "so 2\n#### -1,234"}]
+    lines = write(tmp_path / "x.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n")
+    problems = list(read_problems(lines, problem_column="q", answer_column="a"))
+    assert [(problem.text, problem.answer) for problem in problems] == [("a?", "1,000"), ("b?", "7"), ("c?", "-1234")]
+
+    table = pyarrow.table({"q": ["a?", "b?"], "a": ["1", "#### 2,000"], "other": [0, 0]})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    problems = list(read_problems(tmp_path / "x.parquet", problem_column="q", answer_column="a"))
+    assert [(problem.text, problem.answer) for problem in problems] == [("a?", "1"), ("b?", "2000")]
+
+
+def test_published_files_are_read_whole() -> None:
+    math500 = list(read_problems(shared("math500.json")))
+    assert (len(math500), math500[0].answer) == (500, r"\left( 3, \frac{\pi}{2} \right)")
+    assert len(list(read_problems(shared("aime2024.json")))) == 30
+    gsm8k = list(read_problems(shared("gsm8k_train.jsonl")))
+    assert (len(gsm8k), gsm8k[0].answer) == (7473, "72")
+    assert all(float(problem.answer) == int(problem.answer) for problem in gsm8k)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, r"none.jsonl: no such file; check data.train"),
+        ("x.csv", "a,b", r"unknown kind of file '.csv'; use .json"),
+        ("x.jsonl", "\n", r"x.jsonl: holds no problems"),
+        ("x.json", "", r"x.json: holds no problems"),
+        ("x.json", "[]", r"x.json: holds no problems"),
+        ("x.json", "[1,", r"x.json: malformed JSON \(.*line 1 column 4"),
+        ("x.json", '{"a": 1}', r"x.json: holds a JSON dict, not a list"),
+        ("x.json", '[{"prompt": []}]', r"x.json: item 1: is in neither of the recipe's forms; write it as"),
+        ("x.jsonl", '{"question": "q", "answer": "1"}\n{"question"', r"x.jsonl: line 2: malformed JSON"),
+        ("x.jsonl", '{"question": "q", "reply": "1"}', r"line 1: has no column 'answer', only 'question', 'reply'"),
+        ("x.jsonl", '{"question": "q", "answer": " "}', r"line 1: the answer is empty; fill it in"),
+        ("x.jsonl", '{"question": "q", "answer": "####"}', r"line 1: the answer is empty"),
+        ("x.jsonl", '{"question": "", "answer": "1"}', r"line 1: the problem is empty"),
+        ("x.jsonl", '{"question": "q", "answer": null}', r"line 1: the answer None is neither text nor a number"),
+        ("x.jsonl", "[1, 2]", r"line 1: is not an object with named columns"),
+        ("x.jsonl", '{"question": "qué", "answer": "1"}'.encode("latin1"), r"line 1: byte 16 .* is not UTF-8; save it"),
+        ("x.parquet", "not parquet", r"x.parquet: not a parquet file"),
+    ],
+)
+def test_bad_files_are_refused_with_place_and_remedy(
+    tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    if content is not None:
+        write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=message):
+        list(read_problems(tmp_path / name))
+
+
+def test_parquet_without_the_column_is_refused(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"q": ["a"], "a": ["1"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match=r"x.parquet: has no column 'question', only 'q', 'a'; set data.problem"):
+        list(read_problems(tmp_path / "x.parquet"))
+
+
+def test_prompts_keep_their_ids_when_long_ones_are_dropped(tmp_path: Path) -> None:
+    rows = [{"question": "1" * length, "answer": str(length)} for length in (1, 30, 2)]
+    paths = [write(tmp_path / f"{name}.jsonl", "\n".join(map(json.dumps, rows))) for name in "ab"]
+    prompts, report = load_prompts(paths, TOKENIZER, template="short", max_prompt_tokens=20)
+    assert [(prompt.prompt_id, prompt.answer, prompt.source) for prompt in prompts] == [
+        (0, "1", "a.jsonl"),
+        (2, "2", "a.jsonl"),
+        (3, "1", "b.jsonl"),
+        (5, "2", "b.jsonl"),
+    ]
+    assert (report.num_read, report.num_kept, report.num_too_long) == (6, 4, 2)
+    assert TOKENIZER.decode(prompts[1].token_ids) == "User: 11\nAssistant: <think>"
+
+    first, _ = load_prompts(paths, TOKENIZER, template="short", max_prompt_tokens=20, max_prompts=1)
+    assert [prompt.source for prompt in first] == ["a.jsonl", "b.jsonl"]
+    with pytest.raises(ValueError, match=r"none of the 6 rows .* fits max_prompt_tokens 3; raise"):
+        load_prompts(paths, TOKENIZER, template="short", max_prompt_tokens=3)
+
+
+def test_tokenizer_larger_than_the_model_is_refused() -> None:
+    check_vocabulary(TOKENIZER, 128)
+    with pytest.raises(ValueError, match="largest token id 127 is not below the model's vocabulary size 127"):
+        check_vocabulary(TOKENIZER, 127)
+
+
+def numbered(count: int) -> list[Prompt]:
+    return [Prompt(prompt_id=number, token_ids=[number], answer="", source="") for number in range(count)]
+
+
+@given(
+    size=st.integers(1, 12), takes=st.lists(st.integers(0, 30), max_size=6), cut=st.integers(0, 6), seed=st.integers(0)
+)
+def test_stream_resumes_exactly_and_visits_every_prompt_once_an_epoch(
+    size: int, takes: list[int], cut: int, seed: int
+) -> None:
+    prompts = numbered(size)
+    whole = PromptStream(prompts, seed=seed)
+    ids = [prompt.prompt_id for count in takes for prompt in whole.take(count)]
+    for start in range(0, len(ids) - size + 1, size):
+        assert Counter(ids[start : start + size]) == Counter(range(size))
+
+    before = PromptStream(prompts, seed=seed)
+    resumed_ids = [prompt.prompt_id for count in takes[:cut] for prompt in before.take(count)]
+    after = PromptStream(prompts, seed=seed, cursor=before.cursor)
+    resumed_ids += [prompt.prompt_id for count in takes[cut:] for prompt in after.take(count)]
+    assert resumed_ids == ids
+    assert after.cursor == whole.cursor == sum(takes)
+
+
+def test_stream_order_differs_by_epoch_and_by_seed() -> None:
+    prompts = numbered(50)
+    stream = PromptStream(prompts, seed=0)
+    first, second = stream.take(50), stream.take(50)
+    other = PromptStream(prompts, seed=1).take(50)
+    orders = {tuple(prompt.prompt_id for prompt in order) for order in (prompts, first, second, other)}
+    assert len(orders) == 4
+
+
+def test_stream_resumes_far_along_without_replaying() -> None:
+    stream = PromptStream(numbered(7), seed=3, cursor=7 * 10**12 + 5)
+    assert Counter(prompt.prompt_id for prompt in stream.take(9)).most_common(1)[0][1] == 2
