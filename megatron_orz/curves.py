@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from megatron_orz.logs import read_metrics
 
@@ -24,16 +24,16 @@ class Panel:
 
 
 PANELS = {
-    "reward": Panel(title="Reward", unit="mean over responses", metric="reward/mean"),
-    "length": Panel(
+    "R": Panel(title="Reward", unit="mean over responses", metric="reward/mean"),
+    "L": Panel(
         title="Response length (faint: longest)",
         unit="tokens",
         metric="response/length_mean",
         faint="response/length_max",
     ),
-    "entropy": Panel(title="Policy entropy", unit="nats per token", metric="policy/entropy"),
-    "value": Panel(title="Value loss", unit="half squared error", metric="critic/loss"),
-    "mismatch": Panel(
+    "E": Panel(title="Policy entropy", unit="nats per token", metric="policy/entropy"),
+    "V": Panel(title="Value loss", unit="half squared error", metric="critic/loss"),
+    "M": Panel(
         title="Trainer against server (faint: largest)",
         unit="|difference of log-probs|",
         metric="log_prob_mismatch/mean",
@@ -41,26 +41,30 @@ PANELS = {
         log_scale=True,
     ),
 }
-LAYOUT: list[str | list[str]] = [["reward", "reward", "length"], ["entropy", "value", "mismatch"]]
+LAYOUT = "RRL;EVM"
 COLORS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8e6bbf", "#c79a2b", "#5b6770")
 MARKERS = "osD^vP"
 
 
 def draw_curves(metrics_paths: Path | Sequence[Path], png_path: Path) -> None:
-    """Draws metrics.jsonl files, a colour for each run, named after its directory; held-out scores are points."""
+    """Draws metrics.jsonl files, a colour for each; several are named after their directories.
+
+    Held-out scores are points on the reward panel. A metric that was never logged leaves its panel empty.
+    """
     paths = [metrics_paths] if isinstance(metrics_paths, Path) else metrics_paths
     figure = Figure(figsize=(13, 7), dpi=120, layout="constrained")
     axes = figure.subplot_mosaic(LAYOUT)
-    for name, panel in PANELS.items():
-        _style(axes[name], panel)
+    for letter, panel in PANELS.items():
+        _style(axes[letter], panel)
     for i, path in enumerate(paths):
         rows = read_metrics(path)
         color = COLORS[i % len(COLORS)]
-        for name, panel in PANELS.items():
-            _draw_series(axes[name], rows, panel, color=color, label=path.absolute().parent.name)
-        _draw_held_out(axes["reward"], rows, color=color)
-    if axes["reward"].get_legend_handles_labels()[0]:
-        axes["reward"].legend(loc="upper left", frameon=False, fontsize=9)
+        label = path.absolute().parent.name if len(paths) > 1 else "training"
+        for letter, panel in PANELS.items():
+            _draw_series(axes[letter], rows, panel, color=color, label=label)
+        _draw_held_out(axes["R"], rows, color=color)
+    if axes["R"].get_legend_handles_labels()[0]:
+        axes["R"].legend(loc="upper left", frameon=False, fontsize=9)
     figure.savefig(png_path)
 
 
@@ -98,11 +102,14 @@ def _style(axes: Axes, panel: Panel) -> None:
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.set_xlabel("step", fontsize=9)
-    axes.tick_params(labelsize=8, length=0)
+    axes.tick_params(which="both", labelsize=8, length=0)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#999999")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.02, y=0.08)
     if panel.log_scale:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+        axes.yaxis.set_minor_formatter(NullFormatter())

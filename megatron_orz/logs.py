@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -137,6 +138,18 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Renames a run directory that already holds a run to `<name>-1`, `-2`, ..., so that a new run begins empty.
+
+    Returns where the old run went, or None where there was none.
+    """
+    if not (run_dir / METRICS_FILE).exists():
+        return None
+    target = next(path for n in count(1) if not (path := run_dir.with_name(f"{run_dir.name}-{n}")).exists())
+    with _writing(target):
+        return run_dir.rename(target)
 
 
 def read_metrics(path: Path) -> list[Metrics]:

@@ -20,11 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
+from torch.nn.attention.varlen import varlen_attn
 
 PADDING_SHARE = 0.15
 """Most of a group's positions that may be padding before another group is opened."""
@@ -57,7 +53,7 @@ class PackLayout(PackedSeqParams):
 
 def pack_layout(cu_seqlens: Tensor, max_seqlen: int, *, dtype: torch.dtype) -> PackLayout:
     """Describes a pack to the attention below. cu_seqlens: [B + 1] int32; dtype: that of the activations."""
-    has_kernel = cu_seqlens.is_cuda and varlen_attn is not None and dtype in (torch.bfloat16, torch.float16)
+    has_kernel = cu_seqlens.is_cuda and dtype in (torch.bfloat16, torch.float16)
     return PackLayout(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
@@ -78,7 +74,7 @@ def _group_by_length(cu_seqlens: Tensor) -> PaddedGroups:
         members = order[first:last]
         position = torch.arange(int(lengths[members[0]]))
         is_inside = position < lengths[members, None]
-        shapes.append(tuple(is_inside.shape))
+        shapes.append((last - first, int(lengths[members[0]])))
         source.append(torch.where(is_inside, starts[members, None] + position, 0).flatten())
         inside.append(is_inside.flatten())
     padded_source, is_inside = torch.cat(source), torch.cat(inside)
@@ -179,6 +175,7 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale
         options |= {"is_causal": True}
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     cu_seqlens, longest = layout.cu_seqlens_q, layout.max_seqlen_q
-    return varlen_attn(
+    out: Tensor = varlen_attn(  # type: ignore[assignment]
         q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, longest, longest, **options
     )
+    return out

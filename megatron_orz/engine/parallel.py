@@ -47,6 +47,17 @@ class Mesh:
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp - 1
 
+    @property
+    def pack_multiple(self) -> int:
+        """Sequence parallelism cuts the tokens of a pack into tp equal parts."""
+        return self.tp if self.config.sequence_parallel else 1
+
+    def dp_all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A small tensor of every data-parallel rank, stacked in their order: [...] -> [dp_size, ...]."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.dp_size)]
+        dist.all_gather(gathered, tensor.contiguous(), group=self.dp_group)
+        return torch.stack(gathered)
+
     def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
         """The last pipeline stage's `tensor`, on every stage; the others pass one of the same shape to fill."""
         if self.pp > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ class Entry:
     """One Megatron parameter, by its name in an undivided model."""
 
     megatron_name: str
-    hf: dict[str, tuple[int, ...]]
+    hf: Mapping[str, tuple[int, ...]]
     """The Hugging Face tensors it is made of, with their shapes."""
     layout: Layout
 

@@ -32,4 +32,4 @@ def has_kernel(op: str, device_type: str) -> bool:
 
 
 if __name__ == "__main__":
-    print(f"C++ kernels: {'not built, ' + NOT_BUILT if NOT_BUILT else 'built'}")
+    print("C++ kernels: built" if NOT_BUILT is None else f"C++ kernels: none ({NOT_BUILT}); PyTorch does their work")

@@ -38,7 +38,8 @@ class GrowingLayer(DynamicLayer):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps the rows `indices` names, in that order; a row may be named more than once."""
         length = self.keys.shape[2]
-        keys, values = self._buffers = self.keys[indices], self.values[indices]
+        # The buffers keep their room, so that the next token needs no second copy.
+        keys, values = self._buffers = self._buffers[0][indices], self._buffers[1][indices]
         self.keys, self.values = keys[:, :, :length], values[:, :, :length]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Self
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0
+_EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception): .+")  # "ValueError: ...", after whatever a logger puts before it
 
 
 class SupervisedProcess:
@@ -46,10 +48,13 @@ class SupervisedProcess:
         except subprocess.TimeoutExpired:
             return None
 
-    def log_tail(self, num_lines: int = 20) -> str:
-        """The last lines the command wrote."""
+    def last_words(self, *, num_errors: int = 3, num_lines: int = 8) -> str:
+        """The first exceptions in the log, which are the likely reason for an end, then its last lines."""
         lines = self.log_path.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-num_lines:])
+        errors = dict.fromkeys(
+            match[0] for line in lines if "WARNING" not in line and (match := _EXCEPTION.search(line))
+        )
+        return "\n".join([*list(errors)[:num_errors], "...", *lines[-num_lines:]])
 
     def close(self) -> None:
         """Ends the command and all its descendants; returns when they are gone."""

@@ -150,9 +150,9 @@ def test_prompts_keep_their_ids_when_long_ones_are_dropped(tmp_path: Path) -> No
 
 
 def test_tokenizer_larger_than_the_model_is_refused() -> None:
-    check_vocabulary(TOKENIZER, 128)
-    with pytest.raises(ValueError, match="largest token id 127 is not below the model's vocabulary size 127"):
-        check_vocabulary(TOKENIZER, 127)
+    check_vocabulary(TOKENIZER, 264)
+    with pytest.raises(ValueError, match="largest token id 263 is not below the model's vocabulary size 263"):
+        check_vocabulary(TOKENIZER, 263)
 
 
 def numbered(count: int) -> list[Prompt]:

@@ -1,0 +1,69 @@
+# Everything happens in .venv; PYTHON is only used to create it. `make` alone lists the targets.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3; do \
+	$$python -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$python && break; done)
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check -qq
+LOCK := requirements-cpu.lock
+TORCH := $(shell grep '^torch==' $(LOCK))
+EXTENSION := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help setup requirements demo test test-slow lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup      create .venv, install everything, build the C++ kernels (minutes, once)"
+	@echo "make demo       train a small model by PPO on the CPU"
+	@echo "make test       run the tests that take seconds"
+	@echo "make test-slow  run the tests that take minutes"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove what was built; .venv stays"
+
+setup: $(VENV)/.installed
+	@$(RUN) -m megatron_orz.ops.extension
+
+requirements: $(VENV)/.requirements
+
+demo: setup
+	$(RUN) examples/demo.py
+
+test: setup
+	$(RUN) -m pytest
+
+test-slow: setup
+	$(RUN) -m pytest -m slow
+
+lint: setup
+	$(RUN) -m ruff check
+	$(RUN) -m ruff format --check
+	$(RUN) -m mypy
+
+clean:
+	rm -rf build *.egg-info megatron_orz/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)/.installed
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+# The files below are stamps: each is touched when its step is done, and is older than what would change the step.
+
+$(VENV)/.created:
+	@$(PYTHON) -c '$(IS_SUPPORTED)' 2>/dev/null || { \
+		echo "Python 3.11 or 3.12 is needed, but \"$(PYTHON)\" is not one; install it, or name it: make setup PYTHON=..." >&2; \
+		exit 1; }
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.requirements: $(LOCK) | $(VENV)/.created
+	@echo "Installing $(TORCH)"
+	@$(PIP) install --constraint $(LOCK) $(TORCH)
+	@echo "Installing the packages of $(LOCK) (a few minutes)"
+	@$(PIP) install --no-deps --requirement $(LOCK)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.requirements $(EXTENSION)
+	@echo "Building the C++ kernels and installing megatron_orz in place"
+	@$(RUN) setup.py --quiet --name >/dev/null # says what a build would lack; pip would hide it
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@touch $@

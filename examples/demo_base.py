@@ -1,0 +1,80 @@
+"""Trains the demo's base model: a small Qwen2 that answers in the right form, and is right every third time.
+
+    python examples/demo_base.py
+
+Writes a Hugging Face checkpoint (runs/demo-base/final) and the problems (runs/demo-base/*.jsonl); the same seed gives
+the same files. `examples/demo.py` runs it when they are missing.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from megatron_orz.config import ModelConfig, OptimizerConfig
+from megatron_orz.data.synthetic import (
+    ArithmeticTask,
+    build_tokenizer,
+    make_demonstrations,
+    make_problems,
+    write_problems,
+)
+from megatron_orz.supervised import SupervisedConfig, train_supervised
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoBase:
+    """Size and training of the base model."""
+
+    output: Path = Path("runs/demo-base")
+    seed: int = 0
+    num_steps: int = 600
+    num_sequences: int = 64
+    lr: float = 2e-3
+    num_train: int = 20000
+    num_held_out: int = 128
+    task: ArithmeticTask = field(
+        default_factory=lambda: ArithmeticTask(num_terms=(3, 4), step_error=0.25, format_error=0.04)
+    )
+
+
+def main(base: DemoBase) -> None:
+    torch.manual_seed(base.seed)
+    tokenizer = build_tokenizer()
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    untrained = base.output / "untrained"
+    model.save_pretrained(untrained)
+    tokenizer.save_pretrained(untrained)
+    train, held_out = make_problems(base.task, num_train=base.num_train, num_held_out=base.num_held_out, seed=base.seed)
+    write_problems(base.output / "train.jsonl", train)
+    write_problems(base.output / "held_out.jsonl", held_out)
+    config = SupervisedConfig(
+        run_dir=base.output,
+        model=ModelConfig(path=untrained, optimizer=OptimizerConfig(lr=base.lr, warmup_steps=50)),
+        num_steps=base.num_steps,
+        num_sequences=base.num_sequences,
+        max_pack_tokens=4096,
+        seed=base.seed,
+    )
+    print(f"training a base model of {model.num_parameters() / 1e6:.1f} M parameters", flush=True)
+    train_supervised(config, make_demonstrations(train, tokenizer, base.task, seed=base.seed))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(DemoBase))

@@ -1,0 +1,88 @@
+"""Hugging Face checkpoints out of a run: what transformers and vLLM load as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_orz.types import NamedWeights
+
+MAX_SHARD_BYTES = 5 * 10**9
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `path` when the body ends without an error, and vanishes otherwise.
+
+    What `path` held before is replaced.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        replaced = path.with_name(f".{path.name}.{os.getpid()}.replaced")
+        if path.exists():
+            path.replace(replaced)
+        unfinished.replace(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def export_hf(weights: NamedWeights, *, source: Path, target: Path, is_writer: bool) -> None:
+    """Writes the weights as safetensors beside the config and tokenizer of `source`; whole or not at all.
+
+    Collective: every rank consumes `weights`, one of them writes. Raises RuntimeError when the disk does not take it.
+    """
+    if not is_writer:
+        for _ in weights:
+            pass
+        return
+    try:
+        with atomic_directory(target) as directory:
+            for file in source.iterdir():
+                if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX_FILE:
+                    shutil.copy(file, directory / file.name)
+            _write_shards(weights, directory)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot write the checkpoint {target}: {error.strerror or error}; free some space or change run_dir"
+        ) from error
+
+
+def _write_shards(weights: NamedWeights, directory: Path) -> None:
+    shards: list[list[str]] = []
+    tensors: dict[str, Tensor] = {}
+    num_bytes, total_bytes = 0, 0
+
+    def flush() -> None:
+        save_file(tensors, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(tensors))
+        tensors.clear()
+
+    for name, tensor in weights:
+        if tensors and num_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            flush()
+            num_bytes = 0
+        tensors[name] = tensor.cpu().contiguous()
+        num_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        (directory / "0.safetensors").replace(directory / "model.safetensors")
+        return
+    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for number, file in enumerate(files):
+        (directory / f"{number}.safetensors").replace(directory / file)
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,151 @@
+"""Proximal policy optimisation of a language model against a verifier: the loop of every run.
+
+Every rank runs this same loop. Which model, layout, fleet and verifier stand behind its arguments is decided in
+`train.py`. Policy version n is the policy after n steps; row n of the metrics tells how version n did.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from statistics import fmean, pstdev
+
+import torch
+
+from megatron_orz.algorithms.advantages import estimate, explained_variance, whiten_advantages
+from megatron_orz.algorithms.losses import policy_loss, value_loss
+from megatron_orz.config import Config
+from megatron_orz.data.packing import pack, split
+from megatron_orz.data.prompts import PromptStream
+from megatron_orz.logs import RunLog
+from megatron_orz.types import (
+    Critic,
+    DataParallel,
+    Experience,
+    Fleet,
+    Grader,
+    Metrics,
+    PackedBatch,
+    Policy,
+    Rollout,
+)
+
+
+def run(
+    config: Config,
+    *,
+    policy: Policy,
+    critic: Critic,
+    fleet: Fleet,
+    grader: Grader,
+    prompts: PromptStream,
+    evaluate: Callable[[], Metrics],
+    ranks: DataParallel,
+    log: RunLog,
+) -> None:
+    """Trains policy and critic for `config.ppo.num_steps` steps.
+
+    evaluate: the held-out scores of the policy the fleet holds.
+    """
+    ppo, interval = config.ppo, config.evaluation.interval
+    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps)
+    squared_error = partial(value_loss, clip_eps=ppo.value_clip_eps)
+    for step in range(ppo.num_steps + 1):
+        start = time.perf_counter()
+        with log.span("sync"):
+            fleet.update_weights(policy.hf_weights(), version=step)
+        is_last = step == ppo.num_steps
+        scores: Metrics = {}
+        if step % interval == 0 or is_last:
+            with log.span("evaluate"):
+                scores = evaluate()
+        if is_last:
+            log.record(step, scores)
+            return
+
+        # Sample y ~ pi_old(. | x) and score r(x, y) in {0, 1}.
+        num_rollouts = ppo.num_prompts * ppo.num_responses
+        with log.span("generate"), log.progress("generate", total=num_rollouts) as advance:
+            chosen = prompts.take(ppo.num_prompts)
+            rollouts = fleet.generate(
+                chosen, num_responses=ppo.num_responses, seed=rollout_seed(config.seed, step), on_rollout=advance
+            )
+        with log.span("reward"), log.progress("reward", total=num_rollouts) as advance:
+            rollouts = grader.grade(rollouts, on_grade=advance)
+
+        # log pi_old and V_old, then advantages A_t and returns R_t by GAE(gamma, lambda).
+        batches = pack(
+            rollouts,
+            max_pack_tokens=config.data.max_pack_tokens,
+            dp_size=ranks.dp_size,
+            dp_rank=ranks.dp_rank,
+            min_packs=max(ppo.num_policy_updates, ppo.num_critic_updates),
+            pad_multiple=ranks.pack_multiple,
+            seed=config.seed + step,
+        )
+        with log.span("infer"):
+            old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
+            experience = estimate(batches, old_log_probs, old_values, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
+            metrics = rollout_metrics(rollouts) | experience_metrics(experience, ranks)
+            if ppo.whiten_advantages:
+                experience = whiten_advantages(experience, ranks.dp_all_gather)
+
+        # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
+        with log.span("critic"), log.progress("critic", total=ppo.num_critic_updates) as advance:
+            critic_metrics = []
+            for minibatch in split(experience, ppo.num_critic_updates):
+                critic_metrics.append(critic.step(minibatch, squared_error))
+                advance()
+        with log.span("policy"), log.progress("policy", total=ppo.num_policy_updates) as advance:
+            policy_metrics = []
+            for minibatch in split(experience, ppo.num_policy_updates):
+                policy_metrics.append(policy.step(minibatch, surrogate))
+                advance()
+        metrics |= mean_of(critic_metrics) | mean_of(policy_metrics)
+        seconds = time.perf_counter() - start
+        log.record(step, metrics | scores | {"tokens_per_s": sum(r.num_tokens for r in rollouts) / seconds})
+
+
+def rollout_seed(seed: int, step: int) -> int:
+    """A seed of its own for each step of each run."""
+    return seed * 1_000_003 + step
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
+    """Rewards, lengths and endings of a step's rollouts, all of which every rank knows."""
+    grades = [rollout.grade for rollout in rollouts if rollout.grade is not None]
+    rewards = [grade.reward for grade in grades]
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return {
+        "reward/mean": fmean(rewards),
+        "reward/std": pstdev(rewards),
+        "reward/timed_out": float(sum(grade.timed_out for grade in grades)),
+        "response/length_mean": fmean(lengths),
+        "response/length_max": float(max(lengths)),
+        "response/format_share": fmean(grade.is_formatted for grade in grades),
+        "response/truncated_share": fmean(rollout.finish_reason != "stop" for rollout in rollouts),
+    }
+
+
+def experience_metrics(experience: Sequence[Experience], ranks: DataParallel) -> Metrics:
+    """How far the servers' log-probabilities are from the trainer's own, and how good the critic is."""
+    differences = torch.cat([_mismatch(e, e.old_log_probs) for e in experience])
+    count = torch.tensor(float(differences.numel()))
+    largest = differences.max() if differences.numel() else torch.zeros(())
+    parts = ranks.dp_all_gather(torch.stack([count, differences.sum(), largest]))
+    return {
+        "log_prob_mismatch/mean": float(parts[:, 1].sum() / parts[:, 0].sum()),
+        "log_prob_mismatch/max": float(parts[:, 2].max()),
+        "critic/explained_variance": explained_variance(experience, ranks.dp_all_gather),
+    }
+
+
+def _mismatch(batch: PackedBatch, log_probs: torch.Tensor) -> torch.Tensor:
+    """|log pi_rollout - log pi_old| of the response tokens."""
+    return (batch.rollout_log_probs - log_probs)[batch.loss_mask].abs()
+
+
+def mean_of(updates: Sequence[Metrics]) -> Metrics:
+    """The mean of each metric over the optimizer steps of one model."""
+    return {name: fmean(update[name] for update in updates) for name in updates[0]}

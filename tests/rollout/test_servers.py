@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
+from megatron_orz.rollout import servers
+from megatron_orz.rollout.fleet import open_fleet
+from megatron_orz.rollout.servers import ServerError
+from tests.rollout.conftest import model_config
+
+SAMPLING = SamplingConfig(max_response_tokens=8)
+
+
+def start(model: ModelConfig, run_dir: Path, **fleet: float) -> None:
+    config = FleetConfig(kind="vllm", max_model_tokens=512, **fleet)  # type: ignore[arg-type]
+    with open_fleet(config, SAMPLING, model, run_dir=run_dir):
+        pytest.fail("the server started")
+
+
+def use_command(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    def command(*args: object, **kwargs: object) -> Sequence[str]:
+        return [sys.executable, "-c", program]
+
+    monkeypatch.setattr(servers, "_command", command)
+
+
+def test_a_missing_vllm_is_said_with_the_remedy(
+    tied_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"vllm is not installed; .* use --fleet\.kind local"):
+        start(model_config(tied_checkpoint), tmp_path)
+
+
+def test_a_directory_without_a_model_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no config\.json; policy\.path must be"):
+        start(model_config(tmp_path), tmp_path)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+    with pytest.raises(ValueError, match=r"fleet\.max_model_tokens 512 exceeds the 256 positions .* lower it to 256"):
+        start(model_config(tmp_path), tmp_path)
+
+
+def test_an_early_end_is_seen_at_once_with_its_reason(
+    tied_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_command(monkeypatch, "raise RuntimeError('no weights here')")
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=r"ended with exit code 1 during its start; see (?s:.*)no weights here"):
+        start(model_config(tied_checkpoint), tmp_path)
+    assert time.monotonic() - started < 10
+
+
+def test_a_slow_start_ends_at_its_deadline(
+    tied_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_command(monkeypatch, "import time; time.sleep(600)")
+    with pytest.raises(ServerError, match=r"did not answer within fleet\.start_timeout_s = 0\.7 s"):
+        start(model_config(tied_checkpoint), tmp_path, start_timeout_s=0.7)
+
+
+def test_a_wait_reports_its_progress(tied_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_command(monkeypatch, "import time; time.sleep(1)")
+    waits: list[float] = []
+    config = FleetConfig(max_model_tokens=512)
+    with (
+        pytest.raises(ServerError),
+        open_fleet(config, SAMPLING, model_config(tied_checkpoint), run_dir=tmp_path, on_wait=waits.append),
+    ):
+        pass
+    assert len(waits) >= 2
+    assert waits == sorted(waits)
+
+
+def test_the_server_does_not_inherit_the_trainers_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "VLLM_CPU_KVCACHE_SPACE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("KEPT", "kept")
+    environment = servers._environment(on_cuda=False)
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "VLLM_CPU_KVCACHE_SPACE"} & environment.keys()
+    assert environment["KEPT"] == "kept"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    assert "OMP_NUM_THREADS" not in servers._environment(on_cuda=False)
