@@ -30,13 +30,13 @@ class DemoBase:
 
     output: Path = Path("runs/demo-base")
     seed: int = 0
-    num_steps: int = 600
+    num_steps: int = 800
     num_sequences: int = 64
     lr: float = 2e-3
     num_train: int = 20000
     num_held_out: int = 128
     task: ArithmeticTask = field(
-        default_factory=lambda: ArithmeticTask(num_terms=(3, 4), step_error=0.25, format_error=0.04)
+        default_factory=lambda: ArithmeticTask(num_terms=(3, 4), step_error=0.28, format_error=0.04)
     )
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import fmean, pstdev
+from typing import TypeVar
 
 import torch
 
@@ -29,7 +30,10 @@ from megatron_orz.types import (
     PackedBatch,
     Policy,
     Rollout,
+    Trainable,
 )
+
+Loss = TypeVar("Loss")
 
 
 def run(
@@ -67,24 +71,22 @@ def run(
         # Sample y ~ pi_old(. | x) and score r(x, y) in {0, 1}.
         num_rollouts = ppo.num_prompts * ppo.num_responses
         with log.span("generate"), log.progress("generate", total=num_rollouts) as advance:
-            chosen = prompts.take(ppo.num_prompts)
-            rollouts = fleet.generate(
-                chosen, num_responses=ppo.num_responses, seed=rollout_seed(config.seed, step), on_rollout=advance
-            )
+            chosen, seed = prompts.take(ppo.num_prompts), rollout_seed(config.seed, step)
+            rollouts = fleet.generate(chosen, num_responses=ppo.num_responses, seed=seed, on_rollout=advance)
         with log.span("reward"), log.progress("reward", total=num_rollouts) as advance:
             rollouts = grader.grade(rollouts, on_grade=advance)
 
         # log pi_old and V_old, then advantages A_t and returns R_t by GAE(gamma, lambda).
-        batches = pack(
-            rollouts,
-            max_pack_tokens=config.data.max_pack_tokens,
-            dp_size=ranks.dp_size,
-            dp_rank=ranks.dp_rank,
-            min_packs=max(ppo.num_policy_updates, ppo.num_critic_updates),
-            pad_multiple=ranks.pack_multiple,
-            seed=config.seed + step,
-        )
         with log.span("infer"):
+            batches = pack(
+                rollouts,
+                max_pack_tokens=config.data.max_pack_tokens,
+                dp_size=ranks.dp_size,
+                dp_rank=ranks.dp_rank,
+                min_packs=max(ppo.num_policy_updates, ppo.num_critic_updates),
+                pad_multiple=ranks.pack_multiple,
+                seed=seed,
+            )
             old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
             experience = estimate(batches, old_log_probs, old_values, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
             metrics = rollout_metrics(rollouts) | experience_metrics(experience, ranks)
@@ -92,19 +94,22 @@ def run(
                 experience = whiten_advantages(experience, ranks.dp_all_gather)
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
-        with log.span("critic"), log.progress("critic", total=ppo.num_critic_updates) as advance:
-            critic_metrics = []
-            for minibatch in split(experience, ppo.num_critic_updates):
-                critic_metrics.append(critic.step(minibatch, squared_error))
-                advance()
-        with log.span("policy"), log.progress("policy", total=ppo.num_policy_updates) as advance:
-            policy_metrics = []
-            for minibatch in split(experience, ppo.num_policy_updates):
-                policy_metrics.append(policy.step(minibatch, surrogate))
-                advance()
-        metrics |= mean_of(critic_metrics) | mean_of(policy_metrics)
-        seconds = time.perf_counter() - start
-        log.record(step, metrics | scores | {"tokens_per_s": sum(r.num_tokens for r in rollouts) / seconds})
+        metrics |= update("critic", critic, split(experience, ppo.num_critic_updates), squared_error, log)
+        metrics |= update("policy", policy, split(experience, ppo.num_policy_updates), surrogate, log)
+        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
+        log.record(step, metrics | scores | {"tokens_per_s": num_tokens / (time.perf_counter() - start)})
+
+
+def update(
+    name: str, model: Trainable[Loss], minibatches: Sequence[Sequence[Experience]], loss: Loss, log: RunLog
+) -> Metrics:
+    """One optimizer step on each mini-batch; the means of their metrics."""
+    metrics: list[Metrics] = []
+    with log.span(name), log.progress(name, total=len(minibatches)) as advance:
+        for minibatch in minibatches:
+            metrics.append(model.step(minibatch, loss))
+            advance()
+    return {metric: fmean(step[metric] for step in metrics) for metric in metrics[0]}
 
 
 def rollout_seed(seed: int, step: int) -> int:
@@ -144,8 +149,3 @@ def experience_metrics(experience: Sequence[Experience], ranks: DataParallel) ->
 def _mismatch(batch: PackedBatch, log_probs: torch.Tensor) -> torch.Tensor:
     """|log pi_rollout - log pi_old| of the response tokens."""
     return (batch.rollout_log_probs - log_probs)[batch.loss_mask].abs()
-
-
-def mean_of(updates: Sequence[Metrics]) -> Metrics:
-    """The mean of each metric over the optimizer steps of one model."""
-    return {name: fmean(update[name] for update in updates) for name in updates[0]}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Protocol, Self, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar
 
 from torch import Tensor, device
 
@@ -147,32 +147,31 @@ LossMean: TypeAlias = Literal["token", "pack", "sequence"]
 then the packs; the tokens of a sequence, then the sequences."""
 
 
-class Policy(Protocol):
-    """A trainable language model, one shard of which lives on this rank. Every call is collective."""
+Loss = TypeVar("Loss", contravariant=True)
+
+
+class Trainable(Protocol[Loss]):
+    """A model, one shard of which lives on this rank. Every call is collective."""
 
     def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Log-probabilities of the targets, a [T] float32 tensor for each batch."""
+        """A [T] float32 tensor for each batch, on the CPU."""
         ...
 
-    def step(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> Metrics:
+    def step(self, minibatch: Sequence[Experience], loss: Loss) -> Metrics:
         """One optimizer step on this rank's share of a mini-batch."""
         ...
+
+
+class Policy(Trainable[PolicyLoss], Protocol):
+    """The language model. `infer` gives the log-probabilities of the targets."""
 
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names. Every rank must exhaust the iterator."""
         ...
 
 
-class Critic(Protocol):
-    """A trainable value function, one shard of which lives on this rank. Every call is collective."""
-
-    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Values of the states the targets are chosen from, a [T] float32 tensor for each batch."""
-        ...
-
-    def step(self, minibatch: Sequence[Experience], loss: ValueLoss) -> Metrics:
-        """One optimizer step on this rank's share of a mini-batch."""
-        ...
+class Critic(Trainable[ValueLoss], Protocol):
+    """The value function. `infer` gives the values of the states the targets are chosen from."""
 
 
 class Fleet(Protocol):

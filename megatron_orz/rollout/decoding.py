@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -68,9 +69,11 @@ def decode(
     for step in range(sampling.max_response_tokens):
         log_probs = sampling_log_probs(logits, sampling)
         tokens = draw(log_probs, uniforms[:, step])
-        chosen = log_probs.gather(-1, tokens[:, None]).squeeze(-1)
+        chosen = log_probs.gather(-1, tokens[:, None]).squeeze(-1).tolist()
+        if math.isnan(sum(chosen)):
+            raise RuntimeError("the model's logits are not numbers (NaN): its weights have diverged")
         is_last = step + 1 == sampling.max_response_tokens
-        for index, token, log_prob in zip(growing, tokens.tolist(), chosen.tolist(), strict=True):
+        for index, token, log_prob in zip(growing, tokens.tolist(), chosen, strict=True):
             response = responses[index]
             if response.finish_reason is not None:
                 continue
@@ -90,7 +93,7 @@ def decode(
             kept = torch.tensor(unfinished, device=device)
             cache.batch_select_indices(kept)
             tokens, prompt_length, is_token, uniforms = (
-                rows[kept] for rows in (tokens, prompt_length, is_token, uniforms)
+                values[kept] for values in (tokens, prompt_length, is_token, uniforms)
             )
             growing = [growing[row] for row in unfinished]
         if is_padded:

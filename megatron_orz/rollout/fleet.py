@@ -9,14 +9,14 @@ from pathlib import Path
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.rollout.gloo_transport import GlooTransport
 from megatron_orz.rollout.local import INITIAL_VERSION, LocalFleet
-from megatron_orz.rollout.ranks import Ranks
+from megatron_orz.rollout.ranks import Ranks, exhausting
 from megatron_orz.rollout.servers import ServerError, VLLMServer
 from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import Fleet, NamedWeights, Prompt, Rollout
 
-_DEATH_WAIT_S = 5.0
+_DEATH_WAIT_S = 2.0
 """How long a server whose connection broke is given to end, so that the error can say that it has."""
 
 
@@ -60,13 +60,9 @@ class VLLMFleet:
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Replaces the server's weights. After an error the server holds neither the old nor the new ones."""
-        with self._ranks.share_fate("the weight update"):
-            try:
-                if self._replica is not None:
-                    self._replica.update_weights(weights, version)
-            finally:
-                for _ in weights:  # the iterator is collective: every rank must come to its end, even after an error
-                    pass
+        with self._ranks.share_fate("the weight update"), exhausting(weights):
+            if self._replica is not None:
+                self._replica.update_weights(weights, version)
         self._version = version
 
     def generate(

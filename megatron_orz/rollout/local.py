@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_orz.config import ModelConfig, SamplingConfig
 from megatron_orz.rollout.decoding import decode
 from megatron_orz.rollout.grouped_attention import GROUPED_SDPA
-from megatron_orz.rollout.ranks import Ranks
+from megatron_orz.rollout.ranks import Ranks, exhausting
 from megatron_orz.rollout.sampling import StopStrings, uniforms
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import NamedWeights, Prompt, Rollout
@@ -49,12 +49,8 @@ class LocalFleet:
 
         Raises ValueError when a name or a shape is not the model's, or when a parameter is not among the weights.
         """
-        with self._ranks.share_fate("the weight update"):
-            try:
-                self._load(weights)
-            finally:
-                for _ in weights:  # the iterator is collective: whoever fails must not keep the other ranks waiting
-                    pass
+        with self._ranks.share_fate("the weight update"), exhausting(weights):
+            self._load(weights)
         self._version = version
 
     def generate(
@@ -116,10 +112,11 @@ class LocalFleet:
         rows = [(index, sibling) for index in by_length for sibling in range(num_responses)]
         for batch in _batches(rows, self._max_batch_rollouts):
             batch_prompts = list(dict.fromkeys(index for index, _ in batch))
+            place = {index: place for place, index in enumerate(batch_prompts)}
             responses = decode(
                 self._model,
                 [prompts[index].token_ids for index in batch_prompts],
-                [batch_prompts.index(index) for index, _ in batch],
+                [place[index] for index, _ in batch],
                 torch.stack([uniforms(seed, *row, self._sampling.max_response_tokens) for row in batch]),
                 sampling=self._sampling,
                 eos_ids=self._eos_ids,

@@ -65,7 +65,8 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     """
     cumulative = log_probs.exp().cumsum(-1, dtype=torch.float64)
     threshold = uniform * cumulative[:, -1]
-    return torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+    tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(-1)
+    return tokens.clamp(max=log_probs.shape[-1] - 1)  # past the end where the probabilities are NaN
 
 
 class StopStrings:

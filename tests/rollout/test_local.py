@@ -120,6 +120,15 @@ def test_incomplete_or_foreign_weights_are_refused(tied_checkpoint: Path) -> Non
         fleet.update_weights(iter([("model.norm.weight", torch.zeros(3))]), 0)
 
 
+def test_diverged_weights_are_an_error(tied_checkpoint: Path) -> None:
+    model = tiny_model(tied=True, seed=0)
+    model.model.norm.weight.fill_(torch.nan)
+    fleet = local_fleet(tied_checkpoint)
+    fleet.update_weights(named_weights(model), 0)
+    with pytest.raises(RuntimeError, match="its weights have diverged"):
+        fleet.generate(make_prompts(3), num_responses=2, seed=0)
+
+
 def _generate_on_ranks(path: Path, expected: list[tuple[int, list[int], str, int]]) -> None:
     dist.init_process_group("gloo")
     fleet_config = FleetConfig(kind="local", max_batch_rollouts=6)

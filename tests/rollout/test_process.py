@@ -31,7 +31,8 @@ import os, sys, time
 from pathlib import Path
 from megatron_orz.rollout import process
 process._GRACE_S = 0.5
-server = process.SupervisedProcess([sys.executable, "-c", {SERVER!r}], environment=os.environ, log_path=Path(sys.argv[1]))
+command = [sys.executable, "-c", {SERVER!r}]
+server = process.SupervisedProcess(command, environment=os.environ, log_path=Path(sys.argv[1]))
 print(server.pid, flush=True)
 time.sleep(600)
 """
@@ -78,15 +79,27 @@ def test_close_ends_the_whole_tree(log_path: Path) -> None:
 
 
 def test_an_exception_in_the_trainer_ends_the_whole_tree(log_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), start(SERVER, log_path) as server:
-        processes = tree(server.pid, log_path)
-        raise KeyboardInterrupt
+    processes = []
+
+    def train() -> None:
+        with start(SERVER, log_path) as server:
+            processes.extend(tree(server.pid, log_path))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    assert len(processes) == 3
     assert are_gone(processes)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_trainer_leaves_no_process(log_path: Path, number: signal.Signals) -> None:
-    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(log_path)], stdout=subprocess.PIPE, text=True)
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(log_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
     assert trainer.stdout is not None
     processes = tree(int(trainer.stdout.readline()), log_path)
     trainer.send_signal(number)

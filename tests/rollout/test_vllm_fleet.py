@@ -1,0 +1,218 @@
+"""A real vLLM server on the CPU. One start serves the tests of this file; the tests marked slow start another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Timer
+
+import httpx
+import psutil
+import pytest
+
+from megatron_orz.config import FleetConfig, SamplingConfig
+from megatron_orz.rollout import transport
+from megatron_orz.rollout.fleet import VLLMFleet, open_fleet
+from megatron_orz.rollout.servers import ServerError, _free_port
+from megatron_orz.rollout.vllm_client import VLLMClient
+from megatron_orz.types import Fleet
+from tests.rollout.conftest import (
+    check_endings,
+    log_prob_error,
+    make_prompts,
+    model_config,
+    named_weights,
+    tiny_model,
+)
+
+pytest.importorskip("vllm")
+
+SAMPLING = SamplingConfig(max_response_tokens=40, stop=("ab", "z", "Q("))
+# Both sides compute in float32, with other kernels; the weights of two seeds differ by more than 1 nat.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Running:
+    fleet: Fleet
+    url: str
+    processes: list[psutil.Process]
+
+
+def run_server(checkpoint: Path, run_dir: Path) -> Iterator[Running]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # So small that layers straddle buckets.
+        patch.setattr(transport, "BUCKET_BYTES", 4096)
+        port = _free_port()
+        config = FleetConfig(port=port, max_model_tokens=1024, kv_cache_gib=0.25)
+        with open_fleet(config, SAMPLING, model_config(checkpoint), run_dir=run_dir) as fleet:
+            assert isinstance(fleet, VLLMFleet)
+            assert fleet._replica is not None
+            supervisor = psutil.Process(fleet._replica._server.pid)
+            processes = [supervisor, *supervisor.children(recursive=True)]
+            yield Running(fleet, f"http://127.0.0.1:{port}", processes)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive, "the server left processes behind"
+
+
+@pytest.fixture(scope="module")
+def tied(tied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from run_server(tied_checkpoint, tmp_path_factory.mktemp("tied-server"))
+
+
+@pytest.fixture(scope="module")
+def untied(untied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from run_server(untied_checkpoint, tmp_path_factory.mktemp("untied-server"))
+
+
+def update_and_compare(running: Running, *, is_tied: bool) -> None:
+    """After each update the log-probs are those of the new weights and of no older ones, also for prompts whose
+    keys and values the server has cached."""
+    prompts = make_prompts(8)
+    # Only whole blocks of keys and values are cached, of up to 128 tokens.
+    prompts += [replace(prompt, token_ids=(prompt.token_ids * 100)[:300]) for prompt in prompts[:2]]
+    running.fleet.generate(prompts, num_responses=2, seed=0)
+    previous = None
+    for version in range(3):
+        model = tiny_model(tied=is_tied, seed=20 + version)
+        running.fleet.update_weights(named_weights(model), version)
+        rollouts = running.fleet.generate(prompts, num_responses=4, seed=0)
+        assert {rollout.policy_version for rollout in rollouts} == {version}
+        assert log_prob_error(model, rollouts, SAMPLING) < TOLERANCE
+        if previous is not None:
+            assert log_prob_error(previous, rollouts, SAMPLING) > 1
+        previous = model
+
+
+def test_log_probs_equal_those_of_a_forward_pass(tied: Running) -> None:
+    rollouts = tied.fleet.generate(make_prompts(20), num_responses=4, seed=0)
+    assert {rollout.policy_version for rollout in rollouts} == {-1}
+    assert log_prob_error(tiny_model(tied=True, seed=0), rollouts, SAMPLING) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingConfig(max_response_tokens=40, temperature=0.7, stop=()),
+        SamplingConfig(max_response_tokens=40, temperature=1.3, top_k=20, top_p=0.9, stop=()),
+    ],
+    ids=["temperature", "top"],
+)
+def test_log_probs_are_those_of_the_sampling_distribution(tied: Running, sampling: SamplingConfig) -> None:
+    with VLLMClient(tied.url, request_timeout_s=60) as client:
+        rollouts = client.generate(make_prompts(20), sampling, num_responses=4, seed=0, version=-1)
+    assert log_prob_error(tiny_model(tied=True, seed=0), rollouts, sampling) < TOLERANCE
+
+
+def test_responses_end_at_the_first_stop_and_keep_it(tied: Running) -> None:
+    prompts = make_prompts(40)
+    finished: list[None] = []
+    rollouts = tied.fleet.generate(prompts, num_responses=20, seed=0, on_rollout=lambda: finished.append(None))
+    assert [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(20)]
+    assert len(finished) == len(rollouts)
+    assert check_endings(rollouts, SAMPLING) == {"eos", "length", *SAMPLING.stop}
+
+
+def test_the_seed_decides_the_rollouts(tied: Running) -> None:
+    prompts = make_prompts(4)
+    first, again, other = (
+        [r.response_ids for r in tied.fleet.generate(prompts, num_responses=4, seed=seed)] for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert not set(map(tuple, first)) & set(map(tuple, other))
+    assert len(set(map(tuple, first))) == 16, "siblings repeat each other"
+
+
+def test_updates_of_a_tied_model_reach_every_weight(tied: Running) -> None:
+    update_and_compare(tied, is_tied=True)
+
+
+def test_a_foreign_update_is_noticed(tied: Running) -> None:
+    tied.fleet.update_weights(named_weights(tiny_model(tied=True, seed=0)), 5)
+    httpx.post(f"{tied.url}/update_weight_version", json={"new_version": "6"}, trust_env=False).raise_for_status()
+    with pytest.raises(ServerError, match="holds weights of version 6, not 5"):
+        tied.fleet.generate(make_prompts(1), num_responses=1, seed=0)
+    httpx.post(f"{tied.url}/update_weight_version", json={"new_version": "5"}, trust_env=False).raise_for_status()
+
+
+def test_a_prompt_too_long_for_the_server_is_refused_with_its_reason(tied: Running) -> None:
+    prompt = make_prompts(1)[0]
+    with (
+        VLLMClient(tied.url, request_timeout_s=60) as client,
+        pytest.raises(ServerError, match=r"answered 400: .*1024"),
+    ):
+        client.generate([prompt], SamplingConfig(max_response_tokens=1500), num_responses=1, seed=0, version=5)
+
+
+def test_a_server_killed_during_a_request_is_an_error_not_a_hang(tied: Running) -> None:
+    """The last test of this server."""
+    (api_server,) = tied.processes[0].children()
+    Timer(0.5, api_server.kill).start()
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=r"ended with exit code 137 during the run; see .*vllm\.log"):
+        tied.fleet.generate(make_prompts(500), num_responses=20, seed=0)
+    assert time.monotonic() - started < 20
+    with pytest.raises(ServerError, match="ended with exit code 137"):
+        tied.fleet.update_weights(named_weights(tiny_model(tied=True, seed=0)), 7)
+
+
+@pytest.mark.slow
+def test_updates_of_an_untied_model_reach_every_weight(untied: Running) -> None:
+    update_and_compare(untied, is_tied=False)
+
+
+@pytest.mark.slow
+def test_an_incomplete_update_is_refused_and_ends_the_use_of_the_server(untied: Running) -> None:
+    """The last test of this server."""
+    weights = [item for item in named_weights(tiny_model(tied=False, seed=1)) if item[0] != "model.norm.weight"]
+    with pytest.raises(ServerError, match=r"answered 500") as failed:
+        untied.fleet.update_weights(iter(weights), 9)
+    assert any("vllm.log" in note for note in failed.value.__notes__)
+    with pytest.raises(ServerError, match="an earlier weight update failed"):
+        untied.fleet.generate(make_prompts(1), num_responses=1, seed=0)
+
+
+TRAINER = """
+import sys, time
+from pathlib import Path
+from megatron_orz.config import FleetConfig, SamplingConfig
+from megatron_orz.rollout.fleet import VLLMFleet, open_fleet
+from tests.rollout.conftest import model_config
+
+path, run_dir = map(Path, sys.argv[1:])
+fleet = FleetConfig(max_model_tokens=512, kv_cache_gib=0.25)
+with open_fleet(fleet, SamplingConfig(max_response_tokens=8), model_config(path), run_dir=run_dir):
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everything", [False, True], ids=["trainer", "trainer-supervisor-server"])
+def test_a_killed_trainer_leaves_no_process_of_vllm(tied_checkpoint: Path, tmp_path: Path, everything: bool) -> None:
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tied_checkpoint), str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert trainer.stdout is not None
+    assert "ready" in trainer.stdout.readline()
+    processes = psutil.Process(trainer.pid).children(recursive=True)
+    engine = next(process for process in processes if "EngineCore" in process.name() + " ".join(process.cmdline()))
+    trainer.send_signal(signal.SIGKILL)
+    if everything:
+        for process in processes:
+            if process != engine:
+                process.kill()
+    trainer.communicate()
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert not alive

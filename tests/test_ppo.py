@@ -1,0 +1,356 @@
+"""The loop itself, on a bigram policy and a critic that is a table, both small enough to learn in a second."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from megatron_orz import ppo
+from megatron_orz.config import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    SamplingConfig,
+)
+from megatron_orz.data.prompts import PromptStream
+from megatron_orz.logs import RunLog, read_metrics
+from megatron_orz.types import (
+    Experience,
+    Grade,
+    LossOutput,
+    Metrics,
+    NamedWeights,
+    PackedBatch,
+    PolicyLoss,
+    PolicyOutput,
+    Prompt,
+    Rollout,
+    ValueLoss,
+)
+
+VOCAB_SIZE, STOP, GOAL = 8, 0, 3
+LR = 0.2
+MAX_RESPONSE_TOKENS = 8
+# None ends in the goal, after which a bigram policy learns to stop.
+PROMPTS = [
+    Prompt(prompt_id=number, token_ids=[1 + number % 7, 4 + number % 4], answer="", source="test")
+    for number in range(12)
+]
+
+
+@dataclass
+class Run:
+    """What happened, in order: (what, content) for every call that the loop made."""
+
+    events: list[tuple[str, Any]] = field(default_factory=list)
+    rows: list[Metrics] = field(default_factory=list)
+
+    def contents(self, *kinds: str) -> list[Any]:
+        return [content for kind, content in self.events if kind in kinds]
+
+    def column(self, metric: str) -> list[float]:
+        return [row[metric] for row in self.rows if metric in row]
+
+
+class TableModel:
+    """Either model: a table of parameters, and a step over the mean of a loss over all response tokens."""
+
+    def __init__(self, name: str, table: Tensor, run: Run) -> None:
+        self.name, self.run = name, run
+        self.table = table.requires_grad_()
+        self.optimizer = torch.optim.Adam([self.table], lr=LR)
+
+    def take_step(self, minibatch: Sequence[Experience], results: Sequence[LossOutput]) -> Metrics:
+        self.run.events.append((self.name, list(minibatch)))
+        mask = torch.cat([experience.loss_mask for experience in minibatch])
+        loss = torch.cat([result.per_token for result in results])[mask].mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        means = {
+            name: float(torch.cat([result.metrics[name] for result in results])[mask].mean())
+            for name in results[0].metrics
+        }
+        return {f"{self.name}/loss": float(loss.detach())} | means
+
+
+class BigramPolicy(TableModel):
+    """log pi(target | token) from a row of logits for each token."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("policy", torch.zeros(VOCAB_SIZE, VOCAB_SIZE), run)
+
+    def output(self, batch: PackedBatch) -> PolicyOutput:
+        log_p = self.table.log_softmax(-1)[batch.tokens]
+        return PolicyOutput(
+            log_probs=log_p.gather(1, batch.targets[:, None])[:, 0], entropy=-(log_p.exp() * log_p).sum(-1)
+        )
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        return [self.output(batch).log_probs.detach() for batch in batches]
+
+    def step(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> Metrics:
+        return self.take_step(minibatch, [loss(self.output(e), e) for e in minibatch])
+
+    def hf_weights(self) -> NamedWeights:
+        yield "table", self.table.detach()
+
+
+class TableCritic(TableModel):
+    """A value for each token."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__("critic", torch.zeros(VOCAB_SIZE), run)
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        return [self.table.detach()[batch.tokens] for batch in batches]
+
+    def step(self, minibatch: Sequence[Experience], loss: ValueLoss) -> Metrics:
+        return self.take_step(minibatch, [loss(self.table[e.tokens], e) for e in minibatch])
+
+
+class TableFleet:
+    """Samples from the table it was last given, and from nothing else."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.log_p, self.version = torch.empty(0), -1
+
+    def update_weights(self, weights: NamedWeights, version: int) -> None:
+        self.log_p, self.version = dict(weights)["table"].log_softmax(-1), version
+        self.run.events.append(("update", version))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> list[Rollout]:
+        generator = torch.Generator().manual_seed(seed)
+        rollouts = [self.answer(prompt, generator) for prompt in prompts for _ in range(num_responses)]
+        self.run.events.append(("generate", rollouts))
+        return rollouts
+
+    def answer(self, prompt: Prompt, generator: torch.Generator) -> Rollout:
+        ids = prompt.token_ids[-1:]
+        while len(ids) <= MAX_RESPONSE_TOKENS and ids[-1] != STOP:
+            ids.append(int(torch.multinomial(self.log_p[ids[-1]].exp(), 1, generator=generator)))
+        return Rollout(
+            prompt=prompt,
+            response_ids=ids[1:],
+            rollout_log_probs=[float(self.log_p[token, target]) for token, target in pairwise(ids)],
+            finish_reason="stop" if ids[-1] == STOP else "length",
+            policy_version=self.version,
+        )
+
+
+class StaleFleet(TableFleet):
+    """The planted fault: says that it has the new weights, and keeps the first ones."""
+
+    def update_weights(self, weights: NamedWeights, version: int) -> None:
+        first = self.log_p
+        super().update_weights(weights, version)
+        self.log_p = first if version > 0 else self.log_p
+
+
+class GoalGrader:
+    """1 for a response that ends in the goal and a stop; formatted is one that stops."""
+
+    def grade(self, rollouts: Sequence[Rollout], *, on_grade: Callable[[], None] | None = None) -> list[Rollout]:
+        return [
+            replace(
+                rollout,
+                grade=Grade(
+                    reward=float(rollout.response_ids[-2:] == [GOAL, STOP]),
+                    is_correct=rollout.response_ids[-2:] == [GOAL, STOP],
+                    is_formatted=rollout.finish_reason == "stop",
+                    timed_out=False,
+                    extracted=None,
+                ),
+            )
+            for rollout in rollouts
+        ]
+
+
+class OneRank:
+    dp_rank, dp_size, pack_multiple = 0, 1, 1
+
+    def dp_all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor[None]
+
+
+def config(run_dir: Path, **ppo_values: Any) -> Config:
+    optimizer = OptimizerConfig(lr=1.0)
+    return Config(
+        run_dir=run_dir,
+        policy=ModelConfig(path=Path("none"), optimizer=optimizer),
+        critic=CriticConfig(path=Path("none"), optimizer=optimizer),
+        ppo=PPOConfig(**({"num_steps": 4, "num_prompts": 4, "num_responses": 8, "num_critic_updates": 2} | ppo_values)),
+        sampling=SamplingConfig(max_response_tokens=MAX_RESPONSE_TOKENS),
+        data=DataConfig(train=(Path("none"),), max_prompt_tokens=2, max_pack_tokens=40),
+        evaluation=EvaluationConfig(interval=3),
+    )
+
+
+def train(config: Config, fleet: type[TableFleet] = TableFleet) -> Run:
+    run = Run()
+    server = fleet(run)
+
+    def evaluate() -> Metrics:
+        run.events.append(("evaluate", server.version))
+        return {"evaluation/test/score": 10.0 + server.version}
+
+    with RunLog(config.run_dir, num_steps=config.ppo.num_steps, console=Console(file=io.StringIO())) as log:
+        ppo.run(
+            config,
+            policy=BigramPolicy(run),
+            critic=TableCritic(run),
+            fleet=server,
+            grader=GoalGrader(),
+            prompts=PromptStream(PROMPTS, seed=config.seed),
+            evaluate=evaluate,
+            ranks=OneRank(),
+            log=log,
+        )
+    run.rows = read_metrics(config.run_dir / "metrics.jsonl")
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of four steps that tests look at from several sides."""
+    return train(config(tmp_path_factory.mktemp("run"), num_policy_updates=3))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_reward_rises_to_one(tmp_path: Path, seed: int) -> None:
+    rewards = train(replace(config(tmp_path, num_steps=30, num_responses=16), seed=seed)).column("reward/mean")
+    # An untrained policy stops right after the goal in fewer than 1 of 8 responses.
+    assert rewards[0] < 0.2
+    assert fmean(rewards[-5:]) > 0.95
+
+
+def test_step_n_is_generated_by_version_n(run: Run) -> None:
+    calls = [kind for kind, _ in run.events if kind in ("update", "generate", "critic", "policy")]
+    assert calls == ["update", "generate", "critic", "critic", "policy", "policy", "policy"] * 4 + ["update"]
+    assert run.contents("update") == [0, 1, 2, 3, 4]
+    for step, rollouts in enumerate(run.contents("generate")):
+        assert {rollout.policy_version for rollout in rollouts} == {step}
+
+
+def test_an_epoch_takes_every_prompt_once(tmp_path: Path) -> None:
+    run = train(config(tmp_path, num_steps=6))
+    steps = [[rollout.prompt.prompt_id for rollout in rollouts[::8]] for rollouts in run.contents("generate")]
+    epochs = steps[0] + steps[1] + steps[2], steps[3] + steps[4] + steps[5]
+    for epoch in epochs:
+        assert sorted(epoch) == [prompt.prompt_id for prompt in PROMPTS]
+    assert epochs[0] != epochs[1], "every epoch has an order of its own"
+
+
+def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path) -> None:
+    rollouts = [
+        train(replace(config(tmp_path / str(number)), seed=seed)).contents("generate")
+        for number, seed in enumerate([5, 5, 6])
+    ]
+    assert rollouts[0] == rollouts[1]
+    assert rollouts[0][0] != rollouts[2][0]
+
+
+def responses(minibatches: Sequence[Sequence[Experience]]) -> Iterator[tuple[list[int], Experience, Tensor]]:
+    """(response_ids, experience, positions) of every sequence in the mini-batches."""
+    for experience in (experience for minibatch in minibatches for experience in minibatch):
+        for positions in torch.arange(len(experience.tokens)).tensor_split(experience.cu_seqlens[1:-1].long()):
+            kept = positions[experience.loss_mask[positions]]
+            yield experience.targets[kept].tolist(), experience, kept
+
+
+def test_every_update_takes_its_part_of_the_rollouts(run: Run) -> None:
+    for step, rollouts in enumerate(run.contents("generate")):
+        expected = sorted(rollout.response_ids for rollout in rollouts)
+        for model, num_updates in (("critic", 2), ("policy", 3)):
+            minibatches = run.contents(model)[num_updates * step : num_updates * (step + 1)]
+            assert len(minibatches) == num_updates
+            assert sorted(ids for ids, *_ in responses(minibatches)) == expected
+            sizes = [len(minibatch) for minibatch in minibatches]
+            assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_losses_see_the_returns_and_whitened_advantages_of_the_rewards(run: Run) -> None:
+    """With gamma = lambda = 1 the return of every token is the reward of its response, and A = R - V, whitened."""
+    for step, rollouts in enumerate(run.contents("generate")):
+        rewards = {tuple(r.response_ids): r.grade.reward for r in GoalGrader().grade(rollouts) if r.grade}
+        raw, whitened = [], []
+        for ids, experience, kept in responses(run.contents("policy")[3 * step : 3 * step + 3]):
+            torch.testing.assert_close(experience.returns[kept], torch.full((len(ids),), rewards[tuple(ids)]))
+            raw.append(rewards[tuple(ids)] - experience.old_values[kept])
+            whitened.append(experience.advantages[kept])
+        advantages = torch.cat(raw).double()
+        expected = (advantages - advantages.mean()) / advantages.std(correction=0)
+        torch.testing.assert_close(torch.cat(whitened).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_hold_the_documented_metrics(run: Run) -> None:
+    assert [row["step"] for row in run.rows] == [0, 1, 2, 3, 4]
+    spans = {f"time/{phase}_s" for phase in ("sync", "generate", "reward", "infer", "critic", "policy")}
+    for step, rollouts in enumerate(run.contents("generate")):
+        row = run.rows[step]
+        rewards = [float(rollout.response_ids[-2:] == [GOAL, STOP]) for rollout in rollouts]
+        lengths = [len(rollout.response_ids) for rollout in rollouts]
+        assert row["reward/mean"] == pytest.approx(fmean(rewards))
+        assert row["response/length_mean"] == pytest.approx(fmean(lengths))
+        assert row["response/length_max"] == max(lengths)
+        stopped = fmean(rollout.response_ids[-1] == STOP for rollout in rollouts)
+        assert row["response/format_share"] == pytest.approx(stopped)
+        assert row["response/truncated_share"] == pytest.approx(1 - stopped)
+        assert spans <= row.keys()
+        # A response's last token is never an input, so a prompt of two tokens adds one.
+        seconds = (sum(lengths) + len(lengths)) / row["tokens_per_s"]
+        assert sum(row[span] for span in spans) <= seconds < 10
+        assert {"log_prob_mismatch/max", "critic/explained_variance", "critic/loss", "policy/entropy"} <= row.keys()
+    assert run.rows[4].keys() == {"step", "evaluation/test/score", "time/sync_s", "time/evaluate_s"}
+
+
+def test_fresh_weights_leave_no_mismatch(run: Run) -> None:
+    # Both sides take the same logarithms, so that only a rounding can differ.
+    assert max(run.column("log_prob_mismatch/max")) < 1e-6
+
+
+def test_a_fleet_that_keeps_old_weights_shows_in_the_mismatch(tmp_path: Path) -> None:
+    mismatches = train(config(tmp_path), StaleFleet).column("log_prob_mismatch/max")
+    assert mismatches[0] < 1e-6
+    assert min(mismatches[1:]) > 1e-3
+
+
+@pytest.mark.parametrize(("num_steps", "expected"), [(4, [0, 3, 4]), (6, [0, 3, 6]), (1, [0, 1])])
+def test_evaluation_comes_first_at_every_interval_and_last(tmp_path: Path, num_steps: int, expected: list[int]) -> None:
+    run = train(config(tmp_path, num_steps=num_steps))
+    assert run.contents("evaluate") == expected
+    scores = {row["step"]: row["evaluation/test/score"] for row in run.rows if "evaluation/test/score" in row}
+    assert scores == {step: 10.0 + step for step in expected}
+    kinds = [kind for kind, _ in run.events if kind in ("evaluate", "generate")]
+    assert kinds[0] == "evaluate"
+    assert kinds[-1] == "evaluate"
