@@ -1,7 +1,8 @@
-"""The trainer's ranks, as a fleet sees them."""
+"""What one rank does for all: results and errors that every trainer rank learns of."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
@@ -52,6 +53,26 @@ class Ranks:
         if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+class exhausting:
+    """`with exhausting(weights):` comes to the iterator's end, also when the body fails before.
+
+    Its items may be gathered from all ranks: one that stops early keeps the others waiting.
+    """
+
+    def __init__(self, items: Iterator[object]) -> None:
+        self._items = items
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, Exception):
+            for _ in self._items:
+                pass
 
 
 class _SharedFate:

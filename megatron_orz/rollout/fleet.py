@@ -7,9 +7,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
+from megatron_orz.ranks import Ranks, exhausting
+from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.gloo_transport import GlooTransport
-from megatron_orz.rollout.local import INITIAL_VERSION, LocalFleet
-from megatron_orz.rollout.ranks import Ranks, exhausting
+from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.servers import ServerError, VLLMServer
 from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.vllm_client import VLLMClient

@@ -8,15 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_orz.config import ModelConfig, SamplingConfig
+from megatron_orz.ranks import Ranks, exhausting
+from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.decoding import decode
 from megatron_orz.rollout.grouped_attention import GROUPED_SDPA
-from megatron_orz.rollout.ranks import Ranks, exhausting
 from megatron_orz.rollout.sampling import StopStrings, uniforms
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import NamedWeights, Prompt, Rollout
-
-INITIAL_VERSION = -1
-"""The policy version of rollouts drawn before the first update, from the weights of the model directory."""
 
 
 class LocalFleet:

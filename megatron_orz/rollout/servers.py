@@ -172,7 +172,7 @@ def _check_model(path: Path, max_model_tokens: int, *, on_cuda: bool) -> None:
         raise ValueError(f"{path} holds no config.json; policy.path must be a Hugging Face checkpoint directory")
     config = json.loads((path / "config.json").read_text())
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    num_positions = config.get("max_position_embeddings", max_model_tokens)
+    num_positions = config.get("max_position_embeddings") or max_model_tokens
     if rope.get("rope_type", "default") == "default" and num_positions < max_model_tokens:
         raise ValueError(
             f"fleet.max_model_tokens {max_model_tokens} exceeds the {num_positions} positions of the model in {path}; "

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_orz.ranks import Ranks
 from megatron_orz.rollout.fleet import VLLMFleet
-from megatron_orz.rollout.ranks import Ranks
 from megatron_orz.types import NamedWeights, Prompt, Rollout
 from tests.launch import run_ranks
 from tests.rollout.conftest import make_prompts

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from transformers import Qwen2ForCausalLM
 
 from megatron_orz.config import FleetConfig, SamplingConfig
+from megatron_orz.ranks import Ranks
 from megatron_orz.rollout.fleet import open_fleet
 from megatron_orz.rollout.local import LocalFleet
-from megatron_orz.rollout.ranks import Ranks
 from megatron_orz.types import Rollout
 from tests.launch import run_ranks
 from tests.rollout.conftest import (

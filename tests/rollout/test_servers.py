@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.rollout import servers
@@ -50,7 +51,8 @@ def test_more_tokens_than_the_model_has_positions_are_refused_at_once(tmp_path: 
         start(model_config(tmp_path), tmp_path)
 
 
-def test_a_head_size_without_a_kernel_is_refused_at_once(tmp_path: Path) -> None:
+def test_a_head_size_without_a_kernel_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 96, "num_attention_heads": 4}))
     with pytest.raises(ValueError, match=r"has head_dim 24; vLLM's CPU kernels have .* use --fleet\.kind local"):
         start(model_config(tmp_path), tmp_path)

@@ -15,6 +15,7 @@ from threading import Timer
 import httpx
 import psutil
 import pytest
+import torch.distributed as dist
 
 from megatron_orz.config import FleetConfig, SamplingConfig
 from megatron_orz.rollout import transport
@@ -22,6 +23,7 @@ from megatron_orz.rollout.fleet import VLLMFleet, open_fleet
 from megatron_orz.rollout.servers import ServerError, _free_port
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.types import Fleet
+from tests.launch import run_ranks
 from tests.rollout.conftest import (
     check_endings,
     log_prob_error,
@@ -177,6 +179,24 @@ def test_an_incomplete_update_is_refused_and_ends_the_use_of_the_server(untied: 
     assert any("vllm.log" in note for note in failed.value.__notes__)
     with pytest.raises(ServerError, match="an earlier weight update failed"):
         untied.fleet.generate(make_prompts(1), num_responses=1, seed=0)
+
+
+def _share_server(checkpoint: Path, run_dir: Path) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo")
+    config = FleetConfig(max_model_tokens=512, kv_cache_gib=0.25)
+    with open_fleet(config, SAMPLING, model_config(checkpoint), run_dir=run_dir) as fleet:
+        model = tiny_model(tied=True, seed=1)
+        fleet.update_weights(named_weights(model), 0)
+        rollouts = fleet.generate(make_prompts(7), num_responses=3, seed=0)
+        assert [rollout.prompt for rollout in rollouts] == [prompt for prompt in make_prompts(7) for _ in range(3)]
+        assert log_prob_error(model, rollouts, SAMPLING) < TOLERANCE
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_server(tied_checkpoint: Path, tmp_path: Path) -> None:
+    run_ranks(2, _share_server, tied_checkpoint, tmp_path)
 
 
 TRAINER = """
