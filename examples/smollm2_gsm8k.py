@@ -73,8 +73,9 @@ def convert(gguf_directory: Path) -> None:
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
+    # The weights are plain float32 now; nothing may say otherwise when they are saved.
     model.hf_quantizer, model.is_quantized = None, False
-    del model.config.quantization_config
+    vars(model.config).pop("quantization_config", None)
     with atomic_directory(MODEL) as directory:
         model.save_pretrained(directory)
         AutoTokenizer.from_pretrained(gguf_directory, gguf_file=GGUF_FILE).save_pretrained(directory)

@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from megatron_orz.types import NamedWeights
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_AND_CONFIG = (".json", ".jinja", ".model", ".txt")
+"""Suffixes of what goes with the weights; whatever else a checkpoint holds may be its old weights in another format."""
 
 
 @contextlib.contextmanager
@@ -43,23 +47,33 @@ def export_hf(weights: NamedWeights, *, source: Path, target: Path, is_writer: b
 
     Collective: every rank consumes `weights`, one of them writes. Raises RuntimeError when the disk does not take it.
     """
-    if not is_writer:
-        for _ in weights:
-            pass
-        return
     try:
-        with atomic_directory(target) as directory:
-            for file in source.iterdir():
-                if file.is_file() and file.suffix != ".safetensors" and file.name != INDEX_FILE:
-                    shutil.copy(file, directory / file.name)
-            _write_shards(weights, directory)
-    except OSError as error:
+        if is_writer:
+            with atomic_directory(target) as directory:
+                for file in source.iterdir():
+                    if file.suffix in TOKENIZER_AND_CONFIG and not file.name.endswith(".index.json"):
+                        shutil.copy(file, directory / file.name)
+                dtype = _write_shards(weights, directory)
+                _set_dtype(directory / "config.json", dtype)
+    except (OSError, SafetensorError) as error:
         raise RuntimeError(
-            f"cannot write the checkpoint {target}: {error.strerror or error}; free some space or change run_dir"
+            f"cannot write the checkpoint {target}: {error}; free some space or change run_dir"
         ) from error
+    finally:
+        for _ in weights:  # the iterator is collective: every rank must come to its end, even after an error
+            pass
 
 
-def _write_shards(weights: NamedWeights, directory: Path) -> None:
+def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
+    """Whoever loads a checkpoint rounds its weights to the type that config.json names."""
+    config = json.loads(config_file.read_text())
+    config.pop("torch_dtype", None)  # the key's former name
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_shards(weights: NamedWeights, directory: Path) -> torch.dtype:
+    """Returns the type of the weights."""
     shards: list[list[str]] = []
     tensors: dict[str, Tensor] = {}
     num_bytes, total_bytes = 0, 0
@@ -76,13 +90,15 @@ def _write_shards(weights: NamedWeights, directory: Path) -> None:
         tensors[name] = tensor.cpu().contiguous()
         num_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
+        dtype = tensor.dtype
     flush()
-    if len(shards) == 1:
-        (directory / "0.safetensors").replace(directory / "model.safetensors")
-        return
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = ["model.safetensors"]
     for number, file in enumerate(files):
         (directory / f"{number}.safetensors").replace(directory / file)
-    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return dtype

@@ -200,6 +200,8 @@ class FleetConfig:
     """Longest prompt plus response a server accepts."""
     kv_cache_gib: float = 1.0
     """Memory of the server's key-value cache on the CPU."""
+    cpu_threads: int | None = None
+    """Threads of a server on the CPU; all cores by default. One is best for tiny models: more wait for each other."""
     gpu_memory_share: float = 0.7
     """Share of each GPU's memory a colocated server may use."""
     start_timeout_s: float = 300.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import tyro
@@ -36,18 +38,28 @@ def main(recipe: Config) -> None:
     Ends the process with one sentence and exit code 2 for what a user can mend; ORZ_DEBUG=1 shows the traceback.
     """
     try:
-        train(tyro.cli(Config, default=recipe))
+        train(parse(recipe))
     except (ValueError, RuntimeError) as error:
         if os.environ.get("ORZ_DEBUG"):
             raise
         _fail(error)
 
 
+def parse(recipe: Config) -> Config:
+    """The recipe with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks."""
+    is_main = _rank() == 0
+    with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(Config, default=recipe, console_outputs=is_main)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
 def _fail(error: Exception) -> NoReturn:
-    rank = int(os.environ.get("RANK", 0))
     # What is wrong with the config is wrong on every rank; what breaks later may be wrong on one.
-    if rank == 0 or not isinstance(error, ValueError):
-        where = f" on rank {rank}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    if _rank() == 0 or not isinstance(error, ValueError):
+        where = f" on rank {_rank()}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         print(f"error{where}: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -61,6 +73,8 @@ def train(config: Config) -> None:
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)
     if config.dry_run:
+        if _rank() == 0:
+            print(to_json(config), end="")
         return
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
@@ -106,23 +120,35 @@ def train(config: Config) -> None:
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:
-    """Checks models, layout and tokenizer against each other, and returns the tokenizer. Raises ValueError."""
-    for model in (config.policy, config.critic):
-        architecture = read_architecture(model.path)
-        architecture.check_layout(config.parallel)
-        if config.fleet.max_model_tokens > architecture.max_position:
-            raise ValueError(
-                f"fleet.max_model_tokens {config.fleet.max_model_tokens} exceeds the {architecture.max_position} "
-                f"positions of {model.path}; lower it"
-            )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{model.path} holds no tokenizer that transformers can load ({error}); copy the tokenizer's files "
-                "of the same model there"
-            ) from error
-        check_vocabulary(tokenizer, architecture.vocab_size)
+    """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
+    of_policy, of_critic = (_check_model(config, model.path) for model in (config.policy, config.critic))
+    if of_policy.get_vocab() != of_critic.get_vocab():
+        raise ValueError(
+            f"{config.critic.path} has another vocabulary than {config.policy.path}, whose tokens the critic reads; "
+            "set critic.path to a model with the policy's tokenizer"
+        )
+    return of_policy
+
+
+def _check_model(config: Config, path: Path) -> PreTrainedTokenizerBase:
+    architecture = read_architecture(path)
+    architecture.check_layout(config.parallel)
+    if config.fleet.max_model_tokens > architecture.max_position:
+        raise ValueError(
+            f"fleet.max_model_tokens {config.fleet.max_model_tokens} exceeds the {architecture.max_position} "
+            f"positions of {path}; lower it"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
+    remedy = "copy the tokenizer's files of the same model there"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception as error:  # the tokenizers package raises nothing narrower for a file it cannot read
+        raise ValueError(f"{path} holds no tokenizer that transformers can load ({error!r}); {remedy}") from error
+    # Where there are no files, transformers makes up a tokenizer without a vocabulary.
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
+        raise ValueError(f"{path} holds no tokenizer; {remedy}")
+    check_vocabulary(tokenizer, architecture.vocab_size)
     return tokenizer
 
 
@@ -139,20 +165,30 @@ def read_data(
         problem_column=data.problem_column,
         answer_column=data.answer_column,
     )
+    held_out = {}
+    for path in config.evaluation.data:
+        if path.stem in held_out:
+            raise ValueError(
+                f"evaluation.data holds two files named {path.stem}, as their metrics would be; rename one"
+            )
+        held_out[path.stem], _ = load([path], max_prompts=config.evaluation.max_prompts)
     prompts, report = load(data.train)
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(to_json(config) if config.dry_run else "", end="")
-        print(f"training data: {report}", flush=True)
-    held_out = {
-        path.stem: load([path], max_prompts=config.evaluation.max_prompts)[0] for path in config.evaluation.data
-    }
+    if _rank() == 0:
+        print(f"training data: {report}", file=sys.stderr if config.dry_run else sys.stdout, flush=True)
     return prompts, held_out
 
 
 def summarise(config: Config, log: RunLog) -> None:
-    """Draws the curves and prints the held-out scores of the first and the last policy."""
-    rows = read_metrics(config.run_dir / METRICS_FILE)
-    draw_curves(config.run_dir / METRICS_FILE, config.run_dir / "curves.png")
+    """Prints the held-out scores of the first and the last policy, and draws the curves."""
+    metrics, picture = config.run_dir / METRICS_FILE, config.run_dir / "curves.png"
     if config.evaluation.data:
+        rows = read_metrics(metrics)
         log.print_comparison(rows[0], rows[-1])
+    try:
+        draw_curves(metrics, picture)
+    except OSError as error:
+        picture.unlink(missing_ok=True)
+        raise RuntimeError(
+            f"cannot write {picture}: {error.strerror or error}; free some space and run tools/plot.py {config.run_dir}"
+        ) from error
     log.console.print(f"metrics, curves.png and the final checkpoint are in {config.run_dir}")

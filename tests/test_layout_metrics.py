@@ -34,6 +34,8 @@ from megatron_orz.types import Grade, Metrics, NamedWeights, Prompt, Rollout
 from tests.engine import tiny
 from tests.launch import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_STEPS = 2
 # float32 sums in another order, carried through two optimizer steps.
 RELATIVE_TOLERANCE = 1e-4
@@ -158,7 +160,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], float]:
     run_dir = tmp_path_factory.mktemp("one_rank")
-    run_ranks(1, run_layout, model, run_dir, ParallelConfig())
+    run_layout(model, run_dir, ParallelConfig())
     return metrics_of(run_dir)
 
 

@@ -42,6 +42,8 @@ from megatron_orz.types import (
     ValueLoss,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCAB_SIZE, STOP, GOAL = 8, 0, 3
 LR = 0.2
 MAX_RESPONSE_TOKENS = 8
@@ -144,7 +146,7 @@ class TableFleet:
     ) -> list[Rollout]:
         generator = torch.Generator().manual_seed(seed)
         rollouts = [self.answer(prompt, generator) for prompt in prompts for _ in range(num_responses)]
-        self.run.events.append(("generate", rollouts))
+        self.run.events += [("generate", rollouts), ("seed", seed)]
         return rollouts
 
     def answer(self, prompt: Prompt, generator: torch.Generator) -> Rollout:
@@ -232,14 +234,6 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet) -> Run:
     return run
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of four steps that tests look at from several sides."""
@@ -271,13 +265,13 @@ def test_an_epoch_takes_every_prompt_once(tmp_path: Path) -> None:
     assert epochs[0] != epochs[1], "every epoch has an order of its own"
 
 
-def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path: Path) -> None:
-    rollouts = [
-        train(replace(config(tmp_path / str(number)), seed=seed)).contents("generate")
-        for number, seed in enumerate([5, 5, 6])
-    ]
-    assert rollouts[0] == rollouts[1]
-    assert rollouts[0][0] != rollouts[2][0]
+def test_the_seed_decides_a_run_and_every_step_of_every_run_draws_anew(tmp_path: Path) -> None:
+    first, again, other = (
+        train(replace(config(tmp_path / str(number)), seed=seed)) for number, seed in enumerate([5, 5, 6])
+    )
+    assert first.contents("generate") == again.contents("generate")
+    assert first.contents("generate")[0] != other.contents("generate")[0]
+    assert len({*first.contents("seed"), *other.contents("seed")}) == 8
 
 
 def responses(minibatches: Sequence[Sequence[Experience]]) -> Iterator[tuple[list[int], Experience, Tensor]]:

@@ -26,11 +26,10 @@ class MathGrader:
         """Every rank gets the same rollouts and returns all of them graded; it grades every n-th one itself."""
         mine = rollouts[self._ranks.rank :: self._ranks.size]
         with self._ranks.share_fate("grading"):
-            texts = self._tokenizer.batch_decode([rollout.response_ids for rollout in mine])
             grades = self._verifier.grade(
                 [
-                    (text, rollout.finish_reason, rollout.prompt.answer)
-                    for text, rollout in zip(texts, mine, strict=True)
+                    (self._tokenizer.decode(rollout.response_ids), rollout.finish_reason, rollout.prompt.answer)
+                    for rollout in mine
                 ],
                 on_grade=on_grade,
             )

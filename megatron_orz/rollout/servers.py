@@ -61,7 +61,7 @@ class VLLMServer:
         self._start_timeout_s = fleet.start_timeout_s
         self._process = SupervisedProcess(
             [*_command(model, fleet, port=port, on_cuda=on_cuda), *transfer_arguments],
-            environment=_environment(on_cuda=on_cuda),
+            environment=_environment(on_cuda=on_cuda, cpu_threads=fleet.cpu_threads),
             log_path=log_path,
         )
 
@@ -141,7 +141,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int, on_cuda: bool
     ]
 
 
-def _environment(*, on_cuda: bool) -> dict[str, str]:
+def _environment(*, on_cuda: bool, cpu_threads: int | None) -> dict[str, str]:
     """The trainer's environment, less its place in a process group, plus what the server needs."""
     inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
     if "TORCHELASTIC_RUN_ID" in inherited:
@@ -155,6 +155,8 @@ def _environment(*, on_cuda: bool) -> dict[str, str]:
     }
     if on_cuda:
         return environment
+    if cpu_threads is not None:
+        environment["OMP_NUM_THREADS"] = str(cpu_threads)
     environment.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override --kv-cache-memory-bytes
     return {
         **environment,

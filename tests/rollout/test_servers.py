@@ -94,9 +94,15 @@ def test_the_server_does_not_inherit_the_trainers_place(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("KEPT", "kept")
-    environment = servers._environment(on_cuda=False)
+    environment = servers._environment(on_cuda=False, cpu_threads=None)
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "VLLM_CPU_KVCACHE_SPACE"} & environment.keys()
     assert environment["KEPT"] == "kept"
     assert environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert "OMP_NUM_THREADS" not in servers._environment(on_cuda=False)
+    assert "OMP_NUM_THREADS" not in servers._environment(on_cuda=False, cpu_threads=None)
+
+
+def test_a_server_on_the_cpu_runs_as_many_threads_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert servers._environment(on_cuda=False, cpu_threads=1)["OMP_NUM_THREADS"] == "1"
+    assert servers._environment(on_cuda=False, cpu_threads=None)["OMP_NUM_THREADS"] == "7"
