@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import tyro
 from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
 from megatron_orz.checkpoint import export_hf
@@ -69,6 +70,7 @@ def train(config: Config) -> None:
 
     Raises ValueError for what does not fit the machine, the model or the data, before any model is built.
     """
+    disable_progress_bar()  # transformers draws one for every model it loads, on every rank
     config.parallel.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)

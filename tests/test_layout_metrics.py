@@ -99,7 +99,7 @@ def run_layout(model: Path, run_dir: Path, parallel: ParallelConfig) -> None:
         ppo=PPOConfig(num_steps=NUM_STEPS, num_prompts=5, num_responses=3, num_critic_updates=1),
         sampling=SamplingConfig(max_response_tokens=24),
         data=DataConfig(train=(Path("none"),), max_prompt_tokens=16, max_pack_tokens=80),
-        evaluation=EvaluationConfig(interval=1),
+        evaluation=EvaluationConfig(data=(Path("none"),), interval=1),
         parallel=parallel,
     )
     rng = random.Random(1)

@@ -206,7 +206,7 @@ def config(run_dir: Path, **ppo_values: Any) -> Config:
         ppo=PPOConfig(**({"num_steps": 4, "num_prompts": 4, "num_responses": 8, "num_critic_updates": 2} | ppo_values)),
         sampling=SamplingConfig(max_response_tokens=MAX_RESPONSE_TOKENS),
         data=DataConfig(train=(Path("none"),), max_prompt_tokens=2, max_pack_tokens=40),
-        evaluation=EvaluationConfig(interval=3),
+        evaluation=EvaluationConfig(data=(Path("none"),), interval=3),
     )
 
 
