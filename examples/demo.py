@@ -53,9 +53,10 @@ def ensure_base() -> None:
                 builder = Path(__file__).with_name("demo_base.py")
                 subprocess.run([sys.executable, str(builder)], check=True, env=environment, timeout=BASE_TIMEOUT_S)
     except (subprocess.SubprocessError, Timeout) as error:
-        sys.exit(f"error: the base model could not be trained ({error}); run python examples/demo_base.py")
+        raise RuntimeError(
+            f"the base model could not be trained ({error}); run python examples/demo_base.py"
+        ) from error
 
 
 if __name__ == "__main__":
-    ensure_base()
-    train.main(RECIPE)
+    train.main(RECIPE, prepare=ensure_base)

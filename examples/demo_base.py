@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
+from safetensors import SafetensorError
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from megatron_orz.command_line import parse, plain_errors
 from megatron_orz.config import ModelConfig, OptimizerConfig
 from megatron_orz.data.synthetic import (
     ArithmeticTask,
@@ -39,8 +40,21 @@ class DemoBase:
         default_factory=lambda: ArithmeticTask(num_terms=(3, 4), step_error=0.28, format_error=0.04)
     )
 
+    def __post_init__(self) -> None:
+        if min(self.num_train, self.num_held_out) < 1:
+            raise ValueError(f"num_train {self.num_train} and num_held_out {self.num_held_out} must be at least 1")
+
 
 def main(base: DemoBase) -> None:
+    """Trains and writes the base model."""
+    config = SupervisedConfig(
+        run_dir=base.output,
+        model=ModelConfig(path=base.output / "untrained", optimizer=OptimizerConfig(lr=base.lr, warmup_steps=50)),
+        num_steps=base.num_steps,
+        num_sequences=base.num_sequences,
+        max_pack_tokens=4096,
+        seed=base.seed,
+    )
     torch.manual_seed(base.seed)
     tokenizer = build_tokenizer()
     model = Qwen2ForCausalLM(
@@ -58,23 +72,18 @@ def main(base: DemoBase) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    untrained = base.output / "untrained"
-    model.save_pretrained(untrained)
-    tokenizer.save_pretrained(untrained)
     train, held_out = make_problems(base.task, num_train=base.num_train, num_held_out=base.num_held_out, seed=base.seed)
-    write_problems(base.output / "train.jsonl", train)
-    write_problems(base.output / "held_out.jsonl", held_out)
-    config = SupervisedConfig(
-        run_dir=base.output,
-        model=ModelConfig(path=untrained, optimizer=OptimizerConfig(lr=base.lr, warmup_steps=50)),
-        num_steps=base.num_steps,
-        num_sequences=base.num_sequences,
-        max_pack_tokens=4096,
-        seed=base.seed,
-    )
+    try:
+        model.save_pretrained(config.model.path)
+        tokenizer.save_pretrained(config.model.path)
+        write_problems(base.output / "train.jsonl", train)
+        write_problems(base.output / "held_out.jsonl", held_out)
+    except (OSError, SafetensorError) as error:
+        raise RuntimeError(f"cannot write to {base.output}: {error}; free some space or change --output") from error
     print(f"training a base model of {model.num_parameters() / 1e6:.1f} M parameters", flush=True)
     train_supervised(config, make_demonstrations(train, tokenizer, base.task, seed=base.seed))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(DemoBase))
+    with plain_errors():
+        main(parse(DemoBase()))

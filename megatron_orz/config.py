@@ -92,6 +92,11 @@ class ParallelConfig:
             "parallel.sequence_parallel splits tokens over tensor-parallel ranks: it needs parallel.tp > 1",
         )
 
+    @property
+    def pack_multiple(self) -> int:
+        """The number of tokens in a pack is a multiple of this: sequence parallelism cuts it into tp equal parts."""
+        return self.tp if self.sequence_parallel else 1
+
     def check_world_size(self, world_size: int) -> None:
         """Raises ValueError when `world_size` ranks cannot be laid out as tp x pp x dp."""
         _require(
@@ -264,10 +269,12 @@ class Config:
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
         )
+        multiple = self.parallel.pack_multiple
+        least = -(-longest // multiple) * multiple
         _require(
-            longest <= self.data.max_pack_tokens,
+            least <= self.data.max_pack_tokens,
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
-            f"do not fit data.max_pack_tokens {self.data.max_pack_tokens}; raise it to at least {longest}",
+            f"do not fit data.max_pack_tokens {self.data.max_pack_tokens}; raise it to at least {least}",
         )
         num_rollouts = self.ppo.num_prompts * self.ppo.num_responses
         num_updates = max(self.ppo.num_policy_updates, self.ppo.num_critic_updates)

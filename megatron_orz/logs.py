@@ -7,6 +7,7 @@
 Metrics are named `group/name`. They arrive already averaged over ranks; only the main rank writes and speaks.
 """
 
+import io
 import json
 import math
 import os
@@ -24,7 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_orz.config import Config, to_json
 from megatron_orz.types import Metrics
@@ -71,7 +74,7 @@ class RunLog:
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 self._metrics = _LineFile(run_dir / METRICS_FILE)
-                self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+                self._tensorboard = _EventFile(run_dir / "tensorboard")
 
     def write_config(self, config: Config) -> None:
         """Writes config.json, whole or not at all."""
@@ -79,9 +82,12 @@ class RunLog:
             return
         path = self.run_dir / "config.json"
         unfinished = path.with_suffix(".json.tmp")
-        with _writing(path):
-            unfinished.write_text(to_json(config))
-            unfinished.replace(path)
+        try:
+            with _writing(path):
+                unfinished.write_text(to_json(config))
+                unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -114,9 +120,7 @@ class RunLog:
             return
         with _writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, step)
-            self._tensorboard.flush()
+            self._tensorboard.append(step, row)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
 
@@ -221,17 +225,47 @@ class _LineFile:
 
     def append(self, line: bytes) -> None:
         """Appends a line, newline included; when it does not fit, raises OSError and leaves the file as it was."""
-        size = os.fstat(self._file.fileno()).st_size
-        try:
-            remaining = line
-            while remaining:
-                remaining = remaining[self._file.write(remaining) :]
-        except OSError:
-            self._file.truncate(size)
-            raise
+        _append(self._file, line)
 
     def close(self) -> None:
         self._file.close()
+
+
+class _EventFile:
+    """A TensorBoard event file that holds every row as soon as it is appended.
+
+    TensorBoard's own writer works in a thread, where a full disk is a traceback that nothing can catch.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(exist_ok=True)
+        now = time.time()
+        self._file = (directory / f"events.out.tfevents.{now:.6f}.{os.getpid()}").open("ab", buffering=0)
+        self._write(Event(wall_time=now, file_version="brain.Event:2"))
+
+    def append(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends one value of every metric; when they do not fit, raises OSError and leaves the file as it was."""
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        _append(self._file, record.getvalue())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _append(file: io.FileIO, data: bytes) -> None:
+    """All of the data, or none of it and OSError."""
+    size = os.fstat(file.fileno()).st_size
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        file.truncate(size)
+        raise
 
 
 @contextmanager

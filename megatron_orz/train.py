@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-import tyro
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
 from megatron_orz.checkpoint import export_hf
+from megatron_orz.command_line import parse, plain_errors, rank, world_size
 from megatron_orz.config import Config, to_json
 from megatron_orz.curves import draw_curves
 from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts
@@ -33,36 +31,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def main(recipe: Config) -> None:
+def main(recipe: Config, *, prepare: Callable[[], None] | None = None) -> None:
     """The command line of a recipe: its values are the defaults, every field can be overridden.
+
+    prepare: makes files that the recipe needs and may lack, such as its base model. It is called once the command line
+    is known to be sound, and not for a dry run.
 
     Ends the process with one sentence and exit code 2 for what a user can mend; ORZ_DEBUG=1 shows the traceback.
     """
-    try:
-        train(parse(recipe))
-    except (ValueError, RuntimeError) as error:
-        if os.environ.get("ORZ_DEBUG"):
-            raise
-        _fail(error)
-
-
-def parse(recipe: Config) -> Config:
-    """The recipe with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks."""
-    is_main = _rank() == 0
-    with contextlib.nullcontext() if is_main else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(Config, default=recipe, console_outputs=is_main)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _fail(error: Exception) -> NoReturn:
-    # What is wrong with the config is wrong on every rank; what breaks later may be wrong on one.
-    if _rank() == 0 or not isinstance(error, ValueError):
-        where = f" on rank {_rank()}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"error{where}: {error}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    with plain_errors():
+        config = parse(recipe)
+        config.parallel.check_world_size(world_size())
+        if prepare is not None and not config.dry_run:
+            prepare()
+        train(config)
 
 
 def train(config: Config) -> None:
@@ -71,11 +53,11 @@ def train(config: Config) -> None:
     Raises ValueError for what does not fit the machine, the model or the data, before any model is built.
     """
     disable_progress_bar()  # transformers draws one for every model it loads, on every rank
-    config.parallel.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
+    config.parallel.check_world_size(world_size())
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)
     if config.dry_run:
-        if _rank() == 0:
+        if rank() == 0:
             print(to_json(config), end="")
         return
 
@@ -175,7 +157,7 @@ def read_data(
             )
         held_out[path.stem], _ = load([path], max_prompts=config.evaluation.max_prompts)
     prompts, report = load(data.train)
-    if _rank() == 0:
+    if rank() == 0:
         print(f"training data: {report}", file=sys.stderr if config.dry_run else sys.stdout, flush=True)
     return prompts, held_out
 

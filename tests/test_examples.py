@@ -30,6 +30,12 @@ def named(path: Path) -> str:
     return path.stem
 
 
+def recipe_of(path: Path) -> Config:
+    recipe = runpy.run_path(str(path))["RECIPE"]
+    assert isinstance(recipe, Config)
+    return recipe
+
+
 def checked_again(value: Any) -> Any:
     """The same dataclass built anew from its innermost fields on, so that every `__post_init__` looks at it again."""
     if not dataclasses.is_dataclass(value):
@@ -50,8 +56,7 @@ def test_an_example_imports_without_running(
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_recipe_is_complete_and_survives_its_command_line(path: Path) -> None:
-    recipe = runpy.run_path(str(path))["RECIPE"]
-    assert isinstance(recipe, Config)
+    recipe = recipe_of(path)
     assert checked_again(recipe) == recipe
     assert tyro.cli(Config, default=recipe, args=[]) == recipe
     changed = tyro.cli(Config, default=recipe, args=["--ppo.num-steps", "3", "--seed", "8"])
@@ -92,7 +97,7 @@ def test_demo_teaches_a_third_right_to_be_nine_tenths_right(tmp_path: Path, monk
     assert {path.name for path in run_dir.iterdir()} == RUN_FILES
 
     rows = read_metrics(run_dir / "metrics.jsonl")
-    recipe = runpy.run_path(str(ROOT / "examples" / "demo.py"))["RECIPE"]
+    recipe = recipe_of(ROOT / "examples" / "demo.py")
     last, interval = recipe.ppo.num_steps, recipe.evaluation.interval
     assert [row["step"] for row in rows] == list(range(last + 1))
     scores = {row["step"]: row["evaluation/held_out/avg@4"] for row in rows if "evaluation/held_out/avg@4" in row}

@@ -15,6 +15,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "config": {"types"},
     "ranks": {"types", "config"},
+    "command_line": set(),
     "ops": {"types", "_C"},
     "algorithms": {"types", "ops"},
     "data": {"types", "config"},
@@ -25,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"types", "config", "ranks"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
-    "checkpoint": {"types", "config", "engine"},
+    "checkpoint": {"types", "config", "ranks"},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},
 }

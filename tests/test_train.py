@@ -188,6 +188,11 @@ def test_what_a_user_can_mend_is_one_sentence(
         (4, "--parallel.tp 4", r"parallel\.tp 4 does not divide the model's 2 key-value heads; choose a tp .*"),
         (3, "--parallel.pp 3", r"parallel\.pp 3 does not divide the model's 4 layers; choose a pp that does"),
         (2, "--ppo.num-steps 0", r"ppo\.num_steps 0 is not at least 1"),
+        (
+            3,
+            "--parallel.tp 3 --parallel.sequence-parallel --data.max-pack-tokens 65",
+            r"a prompt of 48 .* of 16 do not fit data\.max_pack_tokens 65; raise it to at least 66",
+        ),
     ],
 )
 def test_rank_0_alone_says_what_is_wrong_with_the_config(
@@ -382,6 +387,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
         assert re.fullmatch(expected, sentence(said.splitlines()[-1]))
         assert "Traceback" not in said
         assert not list(disk.rglob("*final*"))
+        assert not list(disk.rglob("*.tmp"))
         assert (disk / "run" / "metrics.jsonl").read_bytes()[-1:] in (b"", b"\n")
 
 

@@ -67,9 +67,10 @@ def read_architecture(path: Path) -> Architecture:
     if not config_file.is_file():
         raise ValueError(f"{path} holds no config.json; model.path must be a Hugging Face checkpoint directory")
     try:
-        family = json.loads(config_file.read_text()).get("model_type")
+        options = json.loads(config_file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{config_file} is not valid JSON ({error}); copy the checkpoint again") from error
+    family = options.get("model_type") if isinstance(options, dict) else None
     if family not in SUPPORTED_FAMILIES:
         raise ValueError(f"{config_file}: model_type {family!r} is not one of {', '.join(SUPPORTED_FAMILIES)}")
     config = AutoConfig.from_pretrained(path, local_files_only=True)

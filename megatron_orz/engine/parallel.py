@@ -49,8 +49,8 @@ class Mesh:
 
     @property
     def pack_multiple(self) -> int:
-        """Sequence parallelism cuts the tokens of a pack into tp equal parts."""
-        return self.tp if self.config.sequence_parallel else 1
+        """The number of tokens in a pack is a multiple of this."""
+        return self.config.pack_multiple
 
     def dp_all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """A small tensor of every data-parallel rank, stacked in their order: [...] -> [dp_size, ...]."""

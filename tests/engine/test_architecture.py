@@ -41,6 +41,9 @@ def test_missing_and_malformed_configs_are_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         read_architecture(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="model_type None is not one of"):
+        read_architecture(tmp_path)
 
 
 @pytest.mark.parametrize(
