@@ -34,7 +34,7 @@ RECIPE = Config(
     run_dir=Path("runs/demo"),
     policy=ModelConfig(path=BASE / "final", optimizer=OptimizerConfig(lr=5e-4, warmup_steps=5)),
     critic=CriticConfig(path=BASE / "final", optimizer=OptimizerConfig(lr=1e-3, warmup_steps=5)),
-    ppo=PPOConfig(num_steps=45, num_prompts=32, num_responses=8, num_critic_updates=4),
+    ppo=PPOConfig(num_steps=40, num_prompts=64, num_responses=8, num_critic_updates=4),
     sampling=SamplingConfig(max_response_tokens=64),
     data=DataConfig(train=(BASE / "train.jsonl",), template="short", max_prompt_tokens=64, max_pack_tokens=8192),
     fleet=FleetConfig(max_model_tokens=128, kv_cache_gib=0.25, cpu_threads=1),

@@ -50,7 +50,7 @@ class ArithmeticTask:
 
 
 def make_problems(task: ArithmeticTask, *, num_train: int, num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
-    """Training and held-out problems, all different. The held-out ones do not depend on `num_train`."""
+    """Training and held-out problems, all different and alike in kind."""
     num_problems = num_train + num_held_out
     if num_problems > (available := count_problems(task)):
         raise ValueError(f"{num_problems} problems asked for, and only {available} exist; raise num_terms or max_term")
@@ -58,8 +58,9 @@ def make_problems(task: ArithmeticTask, *, num_train: int, num_held_out: int, se
     problems: dict[str, None] = {}  # a set that keeps its order
     while len(problems) < num_problems:
         problems[_draw_problem(task, rng)] = None
-    ordered = list(problems)
-    return ordered[num_held_out:], ordered[:num_held_out]
+    shuffled = list(problems)
+    rng.shuffle(shuffled)  # there are few short chains, and early draws find most of them
+    return shuffled[num_held_out:], shuffled[:num_held_out]
 
 
 def count_problems(task: ArithmeticTask) -> int:

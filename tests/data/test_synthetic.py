@@ -55,8 +55,18 @@ def test_problems_depend_on_the_seed_alone() -> None:
     task = ArithmeticTask()
     train, held_out = make_problems(task, num_train=50, num_held_out=20, seed=0)
     assert make_problems(task, num_train=50, num_held_out=20, seed=0) == (train, held_out)
-    assert make_problems(task, num_train=10, num_held_out=20, seed=0) == (train[:10], held_out)
     assert make_problems(task, num_train=50, num_held_out=20, seed=1)[0] != train
+
+
+def test_held_out_problems_are_as_long_as_the_training_problems() -> None:
+    """Distinct draws run out of short chains: what is drawn first is shorter than what is drawn last."""
+    task = ArithmeticTask(num_terms=(2, 4))
+    shares = [
+        sum(len(problem) == 3 for problem in problems) / len(problems)
+        for problems in make_problems(task, num_train=4000, num_held_out=1000, seed=0)
+    ]
+    standard_error = (shares[0] * (1 - shares[0]) / 1000) ** 0.5
+    assert shares[1] == pytest.approx(shares[0], abs=4 * standard_error)
 
 
 def test_problems_are_counted_and_can_all_be_drawn() -> None:
