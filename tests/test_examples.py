@@ -110,6 +110,7 @@ def test_demo_teaches_a_third_right_to_be_nine_tenths_right(tmp_path: Path, monk
 
     assert len(changed_weights(run_dir / "final", base)) > 10
     assert share_solved_by_transformers(run_dir / "final", base.with_name("held_out.jsonl")) >= 0.75
+    assert score_as_base(run_dir / "final") == pytest.approx(scores[last], abs=0.03)
 
 
 def share_solved_by_transformers(checkpoint: Path, problems: Path) -> float:
@@ -121,6 +122,14 @@ def share_solved_by_transformers(checkpoint: Path, problems: Path) -> float:
         tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0]
         num_solved += f"<answer>\\boxed{{{problem['answer']}}}</answer>" in tokenizer.decode(tokens)
     return num_solved / 16
+
+
+def score_as_base(checkpoint: Path) -> float:
+    """The held-out score of a checkpoint from which another run starts, vLLM server included."""
+    paths = ("--policy.path", str(checkpoint), "--critic.path", str(checkpoint))
+    done = run_example("demo.py", *paths, "--run-dir", "runs/again", "--ppo.num-steps", "1", timeout_s=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return read_metrics(Path("runs/again/metrics.jsonl"))[0]["evaluation/held_out/avg@4"]
 
 
 @pytest.mark.slow

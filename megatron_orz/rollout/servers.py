@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,9 +60,12 @@ class VLLMServer:
         port = fleet.port or _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._start_timeout_s = fleet.start_timeout_s
+        # vLLM leaves its sockets where they are.
+        self._scratch = tempfile.TemporaryDirectory(prefix="megatron-orz-", ignore_cleanup_errors=True)
+        environment = _environment(on_cuda=on_cuda, cpu_threads=fleet.cpu_threads) | {"TMPDIR": self._scratch.name}
         self._process = SupervisedProcess(
             [*_command(model, fleet, port=port, on_cuda=on_cuda), *transfer_arguments],
-            environment=_environment(on_cuda=on_cuda, cpu_threads=fleet.cpu_threads),
+            environment=environment,
             log_path=log_path,
         )
 
@@ -98,8 +102,9 @@ class VLLMServer:
             raise ServerError(f"the vLLM server ended with exit code {exit_code} during {during}; see {self._log()}")
 
     def close(self) -> None:
-        """Ends all processes of the server."""
+        """Ends all processes of the server, and removes its temporary files."""
         self._process.close()
+        self._scratch.cleanup()
 
     def _is_healthy(self) -> bool:
         try:
