@@ -61,8 +61,8 @@ def main(base: DemoBase) -> None:
         Qwen2Config(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=5,
+            intermediate_size=576,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,

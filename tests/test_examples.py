@@ -66,10 +66,11 @@ def test_a_recipe_is_complete_and_survives_its_command_line(path: Path) -> None:
     assert recipe.run_dir.parts[0] == "runs"
 
 
-def run_example(name: str, *arguments: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+def run_example(name: str, *arguments: str, timeout_s: float, num_ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """The example as a user runs it, in the current directory."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
     return subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        [sys.executable, *launcher, str(ROOT / "examples" / name), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -111,6 +112,8 @@ def test_demo_teaches_a_third_right_to_be_nine_tenths_right(tmp_path: Path, monk
     assert len(changed_weights(run_dir / "final", base)) > 10
     assert share_solved_by_transformers(run_dir / "final", base.with_name("held_out.jsonl")) >= 0.75
     assert score_as_base(run_dir / "final") == pytest.approx(scores[last], abs=0.03)
+    for layout in ([], ["--parallel.tp", "2"], ["--parallel.pp", "2"]):
+        assert first_step("demo.py", *layout)["reward/mean"] == pytest.approx(rows[0]["reward/mean"], abs=0.02)
 
 
 def share_solved_by_transformers(checkpoint: Path, problems: Path) -> float:
@@ -122,6 +125,14 @@ def share_solved_by_transformers(checkpoint: Path, problems: Path) -> float:
         tokens = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0]
         num_solved += f"<answer>\\boxed{{{problem['answer']}}}</answer>" in tokenizer.decode(tokens)
     return num_solved / 16
+
+
+def first_step(name: str, *layout: str) -> dict[str, float]:
+    """Metrics of the first step on two ranks."""
+    run_dir = Path("runs/two-ranks")
+    done = run_example(name, *layout, "--ppo.num-steps", "1", "--run-dir", str(run_dir), num_ranks=2, timeout_s=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return read_metrics(run_dir / "metrics.jsonl")[0]
 
 
 def score_as_base(checkpoint: Path) -> float:
