@@ -11,7 +11,7 @@ LOCK := requirements-cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 EXTENSION := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup requirements demo test test-slow lint clean
+.PHONY: help setup requirements demo test test-slow kernels-check benchmark lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,8 @@ help:
 	@echo "make demo       train a small model by PPO on the CPU"
 	@echo "make test       run the tests that take seconds"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make kernels-check  compile the CUDA kernels and their binding; registers and spills (needs nvcc, no GPU)"
+	@echo "make benchmark  time the kernels beside other implementations (minutes; see docs/kernels.md)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove what was built; .venv stays"
 
@@ -35,6 +37,12 @@ test: setup
 
 test-slow: setup
 	$(RUN) -m pytest -m slow
+
+kernels-check: requirements
+	$(RUN) tools/check_kernels.py
+
+benchmark: setup
+	$(RUN) tools/benchmark.py kernels
 
 lint: setup
 	$(RUN) -m ruff check

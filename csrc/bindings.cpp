@@ -8,6 +8,9 @@
 
 TORCH_LIBRARY(megatron_orz, m) {
   m.def(megatron_orz::kPackedGae);
+  m.def(megatron_orz::kLogitsStats);
+  m.def(megatron_orz::kDlogits);
+  m.def(megatron_orz::kPackedValueLoss);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -1,6 +1,7 @@
 // Checks of op arguments. Every message prints what was given; failures are ValueError in Python.
 #pragma once
 
+#include <ATen/core/Formatting.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -9,6 +10,18 @@
 namespace megatron_orz {
 
 #define CHECK_1D(x) TORCH_CHECK_VALUE((x).dim() == 1, #x " must have one dimension, not shape ", (x).sizes())
+
+#define CHECK_2D(x) TORCH_CHECK_VALUE((x).dim() == 2, #x " must have two dimensions, not shape ", (x).sizes())
+
+#define CHECK_CONTIGUOUS(x) \
+  TORCH_CHECK_VALUE( \
+      (x).is_contiguous(), #x " must be contiguous; it is ", (x).sizes(), " with strides ", (x).strides())
+
+#define CHECK_SHAPE(x, ...) \
+  TORCH_CHECK_VALUE( \
+      (x).sizes() == at::IntArrayRef({__VA_ARGS__}), \
+      #x " must be [" #__VA_ARGS__ "] = ", at::IntArrayRef({__VA_ARGS__}), ", not ", (x).scalar_type(), " ", \
+      (x).sizes(), " on ", (x).device())
 
 #define CHECK_DTYPE(x, expected) \
   TORCH_CHECK_VALUE((x).scalar_type() == (expected), #x " must be ", (expected), ", not ", (x).scalar_type())

@@ -1,10 +1,11 @@
 // Every op of the extension once: formula, shapes, and its signature as a torch schema. The Python faces are in
 // megatron_orz/ops, the same formulas in plain PyTorch in megatron_orz/ops/reference.py.
 //
-// Letters: T packed tokens, B sequences in a pack. `cu_seqlens` is [B + 1] int32: first 0, last T, never falling.
+// Letters: T packed tokens, B sequences in a pack, n tokens and v columns of a block of logits. `cu_seqlens` is
+// [B + 1] int32: first 0, last T, never falling.
 //
-// To add an op: write its signature here and define it in bindings.cpp; implement it in csrc/cpu/<op>.cpp and
-// csrc/cuda/<op>.{cpp,cu}, each file registering its own implementation; give it a reference and a Python face.
+// To add an op: write its signature here and define it in bindings.cpp; implement it in csrc/cpu/<op>.cpp, which
+// registers it, and in csrc/cuda/<op>.cu, which csrc/cuda/bindings.cpp registers; give it a reference and a Python face.
 #pragma once
 
 namespace megatron_orz {
@@ -15,9 +16,46 @@ namespace megatron_orz {
 //   A_t     = delta_t + gamma lambda A_{t+1}
 //   R_t     = A_t + V_t
 //
-// rewards, values: [T] float32 or float64; advantages, returns: [T] of the same type. Not differentiable.
+// rewards, values: [T] float32 or float64; loss_mask: [T] bool; advantages, returns: [T] of the same type. moments: [3]
+// float64, the count of the advantages under the mask, their mean, and the sum of their squared deviations from it; 0
+// under an empty mask, and untouched by what lies outside, NaN included. Not differentiable.
 inline constexpr char kPackedGae[] =
-    "packed_gae(Tensor rewards, Tensor values, Tensor cu_seqlens, float gamma, float gae_lambda)"
-    " -> (Tensor advantages, Tensor returns)";
+    "packed_gae(Tensor rewards, Tensor values, Tensor cu_seqlens, Tensor loss_mask, float gamma, float gae_lambda)"
+    " -> (Tensor advantages, Tensor returns, Tensor moments)";
+
+// What softmax needs of a block of logits z: v columns of the vocabulary, from vocab_start on. With x = scale z,
+//
+//   m = max_v x_v,  s = sum_v e^(x_v - m),  y = sum_v (x_v - m) e^(x_v - m),  t = x_target, 0 if it lies elsewhere
+//
+// logits: [n, v] float32 (on the CPU also float64), contiguous; targets: [n] int64, ids in the whole vocabulary;
+// stats: [n, 4] = (m, s, y, t) of the logits' type. y is 0 without `entropy`; without columns m is -inf and s is 0.
+// NaN stays NaN. Blocks, and the shards of tensor-parallel ranks, combine in Python: `reference.combine_stats`.
+inline constexpr char kLogitsStats[] =
+    "logits_stats(Tensor logits, Tensor targets, int vocab_start, float scale, bool entropy) -> Tensor stats";
+
+// The gradient of a loss with respect to such a block, where the loss has gradient g in each token's log-probability
+// and h in its entropy H. With p_v = e^(x_v - lse),
+//
+//   out_v = scale (g [v is target] - p_v (g + h (x_v - lse + H)))
+//
+// log_sum_exp, entropy, grad_log_prob, grad_entropy: [n], contiguous, of the logits' type. out: [n, v], the logits
+// themselves or another tensor of their type (on CUDA also bfloat16 or float16), contiguous.
+inline constexpr char kDlogits[] =
+    "dlogits(Tensor logits, Tensor targets, Tensor log_sum_exp, Tensor entropy, Tensor grad_log_prob,"
+    " Tensor grad_entropy, int vocab_start, float scale, *, Tensor(a!) out) -> ()";
+
+// A linear value head under the clipped squared error, and the gradient of the weighted sum of errors, in one pass:
+//
+//   V = hidden . head,  loss = 0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
+//   d_value  = weight (V - R),  0 where the clipped square is the larger one
+//   d_hidden = d_value head,  d_head += sum_t d_value_t hidden_t
+//
+// hidden: [T, H] float32, bfloat16, float16 or (on the CPU) float64, contiguous; head: [H] of its type; old_values,
+// returns, weights, values: [T], and d_head: [H], float32 (float64 for float64 hidden); d_hidden: [T, H] of hidden's
+// type. A token of weight 0 has a value but adds to no gradient, even if it is not finite. clip_eps 0: no clipping.
+// d_head is summed in an order that depends on the shapes alone.
+inline constexpr char kPackedValueLoss[] =
+    "packed_value_loss(Tensor hidden, Tensor head, Tensor old_values, Tensor returns, Tensor weights, float clip_eps,"
+    " *, Tensor(a!) d_head) -> (Tensor values, Tensor d_hidden)";
 
 }  // namespace megatron_orz

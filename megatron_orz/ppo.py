@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from megatron_orz.algorithms.advantages import estimate, explained_variance, whiten_advantages
-from megatron_orz.algorithms.losses import policy_loss, value_loss
+from megatron_orz.algorithms.losses import ClippedValueLoss, policy_loss
 from megatron_orz.config import Config
 from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
@@ -54,7 +54,7 @@ def run(
     """
     ppo, interval = config.ppo, config.evaluation.interval
     surrogate = partial(policy_loss, clip_eps=ppo.clip_eps)
-    squared_error = partial(value_loss, clip_eps=ppo.value_clip_eps)
+    squared_error = ClippedValueLoss(ppo.value_clip_eps)
     for step in range(ppo.num_steps + 1):
         start = time.perf_counter()
         with log.span("sync"):
@@ -88,10 +88,12 @@ def run(
                 seed=seed,
             )
             old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
-            experience = estimate(batches, old_log_probs, old_values, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda)
+            experience, moments = estimate(
+                batches, old_log_probs, old_values, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
+            )
             metrics = rollout_metrics(rollouts) | experience_metrics(experience, ranks)
             if ppo.whiten_advantages:
-                experience = whiten_advantages(experience, ranks.dp_all_gather)
+                experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
         metrics |= update("critic", critic, split(experience, ppo.num_critic_updates), squared_error, log)

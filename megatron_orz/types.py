@@ -94,6 +94,18 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
+    def select(self, index: Tensor) -> Self:
+        """The tokens at `index`, [n] int64, alone, as a loss sees them: every [T] array becomes [n].
+
+        They belong to no sequences: `cu_seqlens` is empty, and what asks it for sequences fails.
+        """
+        selected: dict[str, Any] = {
+            field.name: value.index_select(0, index)
+            for field in fields(self)
+            if field.name != "cu_seqlens" and isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **selected, cu_seqlens=self.cu_seqlens[:0], max_seqlen=0)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experience(PackedBatch):
@@ -126,7 +138,7 @@ class Experience(PackedBatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyOutput:
-    """What a policy says of a pack. Both are differentiable in training."""
+    """What a policy says of the tokens of a pack, or of some of them."""
 
     log_probs: Tensor  # [T] float32, natural log, after temperature
     entropy: Tensor  # [T] float32, nats
@@ -134,7 +146,12 @@ class PolicyOutput:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOutput:
-    """A loss before any reduction: the engine applies the mask, the weights and the sums."""
+    """A loss before any reduction: the engine applies the weights and the sums.
+
+    Losses are token-level: element t depends on element t of what the loss is given, and on nothing else. The engine
+    shows them loss tokens only, a part of a pack at a time (`PackedBatch.select`), and then all of those once more for
+    the metrics, without gradients.
+    """
 
     per_token: Tensor  # [T] float32, differentiable
     metrics: Mapping[str, Tensor]  # name -> [T]; logged as the mean over loss tokens

@@ -5,11 +5,13 @@ sum of weight * loss over every pack of every rank is that mean; the engine does
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_orz.ops.reference import clipped_squared_error
 from megatron_orz.types import Experience, LossMean, LossOutput, PackedBatch, PolicyOutput
 
 
@@ -34,21 +36,21 @@ def policy_loss(output: PolicyOutput, experience: Experience, *, clip_eps: float
     )
 
 
-def value_loss(values: Tensor, experience: Experience, *, clip_eps: float) -> LossOutput:
-    """Clipped value loss: 0.5 max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2).
+@dataclass(frozen=True)
+class ClippedValueLoss:
+    """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2). An object, so that an engine can know it."""
 
-    values: [T] float32. clip_eps 0 turns clipping off.
-    """
-    unclipped = (values - experience.returns).square()
-    per_token, is_clipped = unclipped, torch.zeros_like(unclipped)
-    if clip_eps > 0:
-        change = (values - experience.old_values).clamp(-clip_eps, clip_eps)
-        clipped = (experience.old_values + change - experience.returns).square()
-        per_token, is_clipped = torch.maximum(unclipped, clipped), (clipped > unclipped).float()
-    return LossOutput(
-        per_token=0.5 * per_token,
-        metrics={"critic/clip_share": is_clipped, "critic/value": values.detach()},
-    )
+    clip_eps: float
+    """0 turns clipping off."""
+
+    def __call__(self, values: Tensor, experience: Experience) -> LossOutput:
+        """values: [T] float32."""
+        per_token, is_clipped = clipped_squared_error(
+            values, experience.old_values, experience.returns, clip_eps=self.clip_eps
+        )
+        return LossOutput(
+            per_token=per_token, metrics={"critic/clip_share": is_clipped.float(), "critic/value": values.detach()}
+        )
 
 
 def next_token_loss(output: PolicyOutput, batch: PackedBatch) -> LossOutput:

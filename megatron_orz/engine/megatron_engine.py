@@ -22,7 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_orz.algorithms.losses import loss_totals, token_weights
+from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, token_weights
 from megatron_orz.config import CriticConfig, ModelConfig
 from megatron_orz.engine import platform, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
@@ -31,7 +31,9 @@ from megatron_orz.engine.model import ValueHead, build_model
 from megatron_orz.engine.optimizer import Optimizer
 from megatron_orz.engine.parallel import Mesh
 from megatron_orz.ops.log_prob import linear_log_prob
-from megatron_orz.types import LossMean, LossOutput, Metrics, NamedWeights, PackedBatch, PolicyOutput
+from megatron_orz.ops.token_loss import linear_token_loss
+from megatron_orz.ops.value_loss import linear_value_loss
+from megatron_orz.types import Experience, LossMean, LossOutput, Metrics, NamedWeights, PackedBatch, PolicyOutput
 
 Output = TypeVar("Output", PolicyOutput, Tensor)
 Batch = TypeVar("Batch", bound=PackedBatch)
@@ -75,18 +77,24 @@ class MegatronEngine(ABC, Generic[Output]):
         self.model.config.finalize_model_grads_func = _sum_gradients
 
     @abstractmethod
-    def _head(self, hidden: Tensor, batch: PackedBatch) -> Output:
-        """hidden: [T, H], equal on every tensor-parallel rank."""
+    def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """What `infer` returns of a pack, [T] float32. hidden: [T, H], equal on every tensor-parallel rank."""
 
     @abstractmethod
-    def _inferred(self, output: Output) -> Tensor:
-        """The part of the head's output that `infer` returns, [T] float32."""
+    def _weighted_loss(
+        self, hidden: Tensor, batch: Batch, loss: Callable[[Output, Batch], LossOutput], weights: Tensor
+    ) -> tuple[Tensor, Output]:
+        """sum_t weights_t * loss_t, differentiable, and the loss tokens' outputs, detached.
+
+        hidden: [T, H], equal on every tensor-parallel rank; weights: [T] float32, 0 outside the loss mask. The gradient
+        of the head may be in its `main_grad` already: what is returned must be backpropagated as it is.
+        """
 
     def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """A [T] float32 tensor for each batch, on the CPU of every rank."""
 
-        def collect(output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            inferred = self._inferred(output)
+        def collect(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+            inferred = self._infer_tokens(hidden, batch)
             return inferred.new_zeros(()), inferred
 
         self._ddp.eval()
@@ -104,12 +112,14 @@ class MegatronEngine(ABC, Generic[Output]):
         totals = loss_totals(minibatch)
         dist.all_reduce(totals, group=self.mesh.dp_group)
 
-        def weighted(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            result = loss(output, batch)
-            total = (result.per_token * token_weights(batch, self.loss_mean, totals)).sum()
-            mean_weights = token_weights(batch, "token", totals)
-            metrics = {name: (value.detach() * mean_weights).sum() for name, value in result.metrics.items()}
-            return total, {f"{self.name}/loss": total.detach().clone(), **metrics}
+        def weighted(hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+            total, output = self._weighted_loss(hidden, batch, loss, token_weights(batch, self.loss_mean, totals))
+            index = batch.loss_mask.nonzero().squeeze(1)
+            with torch.no_grad():
+                metrics = loss(output, batch.select(index)).metrics
+            mean_weights = token_weights(batch, "token", totals)[index]
+            means = {name: (value * mean_weights).sum() for name, value in metrics.items()}
+            return total, {f"{self.name}/loss": total.detach().clone(), **means}
 
         self._ddp.train()
         self._optimizer.zero_grad()
@@ -125,17 +135,17 @@ class MegatronEngine(ABC, Generic[Output]):
     def _run(
         self,
         batches: Sequence[Batch],
-        on_output: Callable[[Output, Batch], tuple[Tensor, Any]],
+        on_hidden: Callable[[Tensor, Batch], tuple[Tensor, Any]],
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Runs the pipeline schedule over the batches; the second results of `on_output`, on the last stage."""
+        """Runs the pipeline schedule over the batches; the second results of `on_hidden`, on the last stage."""
         on_device = [batch.to(self.mesh.device) for batch in batches]
         dtype = self.model.config.params_dtype
         layouts = [pack_layout(batch.cu_seqlens, batch.max_seqlen, dtype=dtype) for batch in on_device]
 
         def loss_func(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            loss, result = on_output(self._head(self._whole(hidden), batch), batch)
+            loss, result = on_hidden(self._whole(hidden), batch)
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), result
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
@@ -189,27 +199,38 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
     def __init__(
         self, config: ModelConfig, mesh: Mesh, *, loss_mean: LossMean = "token", temperature: float = 1.0
     ) -> None:
-        self._temperature = temperature
         super().__init__(config, mesh, loss_mean=loss_mean)
+        self._head_options: dict[str, Any] = {
+            "temperature": temperature,
+            "vocab_size": self.architecture.vocab_size,
+            "tp_group": mesh.tp_group,
+        }
 
-    def _head(self, hidden: Tensor, batch: PackedBatch) -> PolicyOutput:
-        if self.architecture.tied_embeddings:
-            weight = self.model.shared_embedding_or_output_weight()
-        else:
-            weight = self.model.output_layer.weight
-        log_probs, entropy = linear_log_prob(
-            hidden,
-            weight,
-            batch.targets,
-            loss_mask=batch.loss_mask,
-            temperature=self._temperature,
-            vocab_size=self.architecture.vocab_size,
-            tp_group=self.mesh.tp_group,
+    def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        log_probs, _ = linear_log_prob(
+            hidden, self._output_weight, batch.targets, loss_mask=batch.loss_mask, entropy=False, **self._head_options
         )
-        return PolicyOutput(log_probs=log_probs, entropy=entropy)
+        return log_probs
 
-    def _inferred(self, output: PolicyOutput) -> Tensor:
-        return output.log_probs
+    def _weighted_loss(
+        self, hidden: Tensor, batch: Batch, loss: Callable[[PolicyOutput, Batch], LossOutput], weights: Tensor
+    ) -> tuple[Tensor, PolicyOutput]:
+        def loss_of(index: Tensor, log_probs: Tensor, entropy: Tensor) -> Tensor:
+            output = PolicyOutput(log_probs=log_probs, entropy=entropy)
+            return loss(output, batch.select(index)).per_token * weights[index]
+
+        total, log_probs, entropy = linear_token_loss(
+            hidden, self._output_weight, batch.targets, loss_of, loss_mask=batch.loss_mask, **self._head_options
+        )
+        mask = batch.loss_mask
+        return total, PolicyOutput(log_probs=log_probs[mask], entropy=entropy[mask])
+
+    @property
+    def _output_weight(self) -> Tensor:
+        """[V/tp, H], this rank's rows, in the padded vocabulary; on the last stage only."""
+        if self.architecture.tied_embeddings:
+            return self.model.shared_embedding_or_output_weight()
+        return self.model.output_layer.weight
 
 
 class CriticEngine(MegatronEngine[Tensor]):
@@ -222,11 +243,22 @@ class CriticEngine(MegatronEngine[Tensor]):
         head = ValueHead(architecture.hidden_size, init=config.value_head_init, seed=seed)
         super().__init__(config, mesh, loss_mean=loss_mean, value_head=head)
 
-    def _head(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+    def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         return self.model.output_layer(hidden)
 
-    def _inferred(self, output: Tensor) -> Tensor:
-        return output
+    def _weighted_loss(
+        self, hidden: Tensor, batch: Batch, loss: Callable[[Tensor, Batch], LossOutput], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(loss, ClippedValueLoss) and isinstance(batch, Experience):
+            head = self.model.output_layer.weight
+            total, values = linear_value_loss(
+                hidden, head, batch.old_values, batch.returns, weights, clip_eps=loss.clip_eps
+            )
+            return total, values[batch.loss_mask]
+        index = batch.loss_mask.nonzero().squeeze(1)
+        values = self.model.output_layer(hidden.index_select(0, index))
+        total = (loss(values, batch.select(index)).per_token * weights[index]).sum()
+        return total, values.detach()
 
 
 def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:

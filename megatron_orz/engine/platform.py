@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,13 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
 
 
+def peak_memory_gib() -> float:
+    """The most memory that tensors held on this GPU at once, in all the process; on the CPU, its resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def megatron_calls() -> contextlib.AbstractContextManager[object]:
     """Every call into megatron-core runs inside this context."""
     return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMeansCpu()
@@ -61,29 +69,33 @@ def megatron_calls() -> contextlib.AbstractContextManager[object]:
 
 def install() -> None:
     """Gives the `torch.cuda` accessors that megatron-core calls an answer on the CPU."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    # megatron-core 0.16 asks for this function where TransformerEngine, which brings it, is absent.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
     if torch.cuda.is_available() or torch.cuda.Stream is _NoStream:
         return
 
-    def nothing(*args: object, **kwargs: object) -> None:
-        return None
-
-    def no_bytes(*args: object, **kwargs: object) -> int:
-        return 0
+    # torch.compile keeps a table of torch's functions: each name needs a function of its own.
+    def always(result: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: result
 
     replacements: dict[str, Any] = {
-        "current_device": lambda: CPU,
-        "manual_seed": torch.manual_seed,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "stream": lambda stream: contextlib.nullcontext(),
         "Stream": _NoStream,
-        "Event": _NoStream,
+        "Event": type("_NoEvent", (_NoStream,), {}),
+        "current_device": always(CPU),
+        "current_stream": always(_NoStream()),
+        "default_stream": always(_NoStream()),
     }
-    replacements |= dict.fromkeys(("current_stream", "default_stream"), lambda *args, **kwargs: _NoStream())
-    replacements |= dict.fromkeys(("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"), nothing)
-    replacements |= dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), no_bytes
-    )
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        replacements[name] = always(None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        replacements[name] = always(0)
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 
@@ -94,3 +106,14 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+
+    # megatron-core compiles a few small functions, of the router for one; on the CPU that only costs time.
+    torch.compiler.set_stance("force_eager")
+
+    # The split sizes of an all-to-all have to be lists; megatron-core makes lists of CUDA tensors alone.
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_list(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_list

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_orz.algorithms.advantages import (
-    combine_moments,
     estimate,
     explained_variance,
-    masked_moments,
     whiten,
     whiten_advantages,
 )
+from megatron_orz.ops.moments import combine_moments, masked_moments
 from megatron_orz.types import Experience
 from tests.algorithms.packs import random_batch, random_experience
 
@@ -26,28 +25,14 @@ def alone(moments: Tensor) -> Tensor:
     return moments[None]
 
 
+def moments_of(experiences: list[Experience]) -> Tensor:
+    """As `estimate` returns them."""
+    parts = [masked_moments(e.advantages, e.loss_mask) for e in experiences]
+    return combine_moments(torch.stack([torch.zeros(3, dtype=torch.float64), *parts]))
+
+
 def response_tokens(experiences: list[Experience], name: str) -> Tensor:
     return torch.cat([getattr(e, name)[e.loss_mask] for e in experiences]).double()
-
-
-def test_moments_are_count_mean_and_squared_deviations() -> None:
-    x = torch.tensor([1.0, 100.0, 3.0, 8.0])
-    mask = torch.tensor([True, False, True, True])
-    assert masked_moments(x, mask).tolist() == [3.0, 4.0, 9.0 + 1.0 + 16.0]
-
-
-def test_moments_ignore_what_is_masked_even_when_it_is_not_a_number() -> None:
-    x = torch.tensor([1.0, float("nan"), float("inf")])
-    assert masked_moments(x, torch.tensor([True, False, False])).tolist() == [1.0, 1.0, 0.0]
-    assert masked_moments(x, torch.zeros(3, dtype=torch.bool)).tolist() == [0.0, 0.0, 0.0]
-
-
-def test_combined_moments_of_parts_are_those_of_the_whole() -> None:
-    """Parts of 0, 1 and many entries; from a mean this far from 0, E[x^2] - E[x]^2 would keep 4 digits."""
-    x = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
-    parts = [masked_moments(part, torch.ones_like(part, dtype=torch.bool)) for part in x.split([0, 1, 299, 700])]
-    expected = torch.stack([torch.tensor(1000.0).double(), x.mean(), (x - x.mean()).square().sum()])
-    torch.testing.assert_close(combine_moments(torch.stack(parts)), expected, rtol=1e-10, atol=0)
 
 
 def test_whitened_entries_have_mean_0_and_variance_1_and_the_rest_is_0() -> None:
@@ -74,7 +59,7 @@ def test_equal_advantages_whiten_to_0_rather_than_to_amplified_rounding() -> Non
 @pytest.mark.parametrize("split", [0, 1, 2, 3])
 def test_whitening_split_over_ranks_equals_the_whole(split: int) -> None:
     packs = [random_experience(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
-    whole = [e.advantages for e in whiten_advantages(packs, alone)]
+    whole = [e.advantages for e in whiten_advantages(packs, moments_of(packs), alone)]
     ranks = [packs[:split], packs[split:]]
 
     exchanged: list[Tensor] = []
@@ -84,10 +69,10 @@ def test_whitening_split_over_ranks_equals_the_whole(split: int) -> None:
         return moments[None]
 
     for rank in ranks:
-        whiten_advantages(rank, record)
+        whiten_advantages(rank, moments_of(rank), record)
     assert [len(moments) for moments in exchanged] == [3, 3], "each rank exchanges three numbers, even without packs"
 
-    parts = [whiten_advantages(rank, lambda _: torch.stack(exchanged)) for rank in ranks]
+    parts = [whiten_advantages(rank, moments_of(rank), lambda _: torch.stack(exchanged)) for rank in ranks]
     torch.testing.assert_close([e.advantages for part in parts for e in part], whole, rtol=0, atol=1e-6)
     everything = torch.cat(whole)[torch.cat([e.loss_mask for e in packs])].double()
     assert everything.square().mean().item() == pytest.approx(1, abs=1e-6)
@@ -98,9 +83,15 @@ def test_estimate_gives_each_response_token_its_return() -> None:
     batches = [random_batch(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     values = [torch.randn(len(b.tokens), generator=torch.Generator().manual_seed(9)) for b in batches]
     log_probs = [torch.full_like(v, -1.5) for v in values]
-    for experience, batch, value in zip(
-        estimate(batches, log_probs, values, gamma=1.0, gae_lambda=1.0), batches, values, strict=True
-    ):
+    experiences, moments = estimate(batches, log_probs, values, gamma=1.0, gae_lambda=1.0)
+    advantages = response_tokens(experiences, "advantages")
+    expected_moments = [
+        len(advantages),
+        advantages.mean().item(),
+        (advantages - advantages.mean()).square().sum().item(),
+    ]
+    assert moments.tolist() == pytest.approx(expected_moments, rel=1e-12)
+    for experience, batch, value in zip(experiences, batches, values, strict=True):
         bounds = batch.cu_seqlens.tolist()
         rewards = torch.cat([batch.rewards[a:b].sum().expand(b - a) for a, b in pairwise(bounds)])
         torch.testing.assert_close(experience.returns, rewards, rtol=0, atol=1e-5)
@@ -112,7 +103,7 @@ def test_estimate_gives_each_response_token_its_return() -> None:
 def test_estimate_discounts() -> None:
     batch = random_batch([(1, 3)])
     values = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    (experience,) = estimate([batch], [values], [values], gamma=0.9, gae_lambda=0.5)
+    (experience,), _ = estimate([batch], [values], [values], gamma=0.9, gae_lambda=0.5)
     last = batch.rewards[3] - 0.4
     expected = [(0.9 * 0.3 - 0.2) + 0.45 * ((0.9 * 0.4 - 0.3) + 0.45 * last), (0.9 * 0.4 - 0.3) + 0.45 * last, last]
     torch.testing.assert_close(experience.advantages[1:], torch.stack([torch.as_tensor(e) for e in expected]))
@@ -138,5 +129,5 @@ def test_explained_variance_is_over_the_response_tokens_of_all_ranks() -> None:
 
 
 def test_explained_variance_of_constant_returns_is_undefined() -> None:
-    (pack,) = estimate([random_batch([(2, 3)])], [torch.zeros(5)], [torch.randn(5)], gamma=1.0, gae_lambda=1.0)
+    (pack,), _ = estimate([random_batch([(2, 3)])], [torch.zeros(5)], [torch.randn(5)], gamma=1.0, gae_lambda=1.0)
     assert math.isnan(explained_variance([pack], alone))

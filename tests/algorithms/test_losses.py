@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_orz.algorithms.losses import loss_totals, next_token_loss, policy_loss, token_weights, value_loss
+from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, next_token_loss, policy_loss, token_weights
 from megatron_orz.types import Experience, LossMean, PackedBatch, PolicyOutput
 from tests.algorithms.packs import random_batch, random_experience
 
@@ -109,7 +109,7 @@ def test_metrics_carry_no_gradient() -> None:
     entropy = output.log_probs * 1.0
     losses = [
         policy_loss(PolicyOutput(log_probs=output.log_probs, entropy=entropy), experience, clip_eps=EPS),
-        value_loss(entropy, experience, clip_eps=EPS),
+        ClippedValueLoss(EPS)(entropy, experience),
         next_token_loss(PolicyOutput(log_probs=output.log_probs, entropy=entropy), experience),
     ]
     for loss in losses:
@@ -122,7 +122,7 @@ def test_metrics_carry_no_gradient() -> None:
 def test_clipped_value_loss_equals_the_formula_token_by_token() -> None:
     experience = random_experience(LENGTHS)
     values = (experience.old_values + 0.5 * torch.randn(len(experience.tokens))).requires_grad_()
-    loss = value_loss(values, experience, clip_eps=EPS)
+    loss = ClippedValueLoss(EPS)(values, experience)
     (gradient,) = torch.autograd.grad(loss.per_token.sum(), values)
     num_clipped = 0
     rows = zip(*(x.tolist() for x in (values, experience.old_values, experience.returns)), strict=True)
@@ -139,10 +139,20 @@ def test_clipped_value_loss_equals_the_formula_token_by_token() -> None:
     assert 0 < num_clipped < len(values)
 
 
+def test_values_within_the_range_are_never_clipped() -> None:
+    """V_old + (V - V_old) is not V in floating point; taken for a clipped value, it would count in the metric."""
+    experience = random_experience([(0, 1000)])
+    values = (experience.old_values + EPS * torch.linspace(-0.999, 0.999, 1000)).requires_grad_()
+    loss = ClippedValueLoss(EPS)(values, experience)
+    (gradient,) = torch.autograd.grad(loss.per_token.sum(), values)
+    assert not loss.metrics["critic/clip_share"].any()
+    torch.testing.assert_close(gradient, values.detach() - experience.returns, rtol=1e-6, atol=0)
+
+
 def test_value_loss_without_clipping_is_half_the_squared_error() -> None:
     experience = random_experience(LENGTHS)
     values = experience.old_values + 10.0
-    loss = value_loss(values, experience, clip_eps=0)
+    loss = ClippedValueLoss(0)(values, experience)
     torch.testing.assert_close(
         loss.per_token, 0.5 * torch.nn.functional.mse_loss(values, experience.returns, reduction="none")
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_orz.algorithms.losses import ClippedValueLoss
 from megatron_orz.config import CriticConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_orz.types import Experience, LossOutput, NamedWeights, PolicyOutput
 from tests.engine import tiny
@@ -50,8 +51,11 @@ def policy_loss(output: PolicyOutput, experience: Experience) -> LossOutput:
     return LossOutput(per_token=-surrogate - 0.01 * output.entropy, metrics={"policy/entropy": output.entropy})
 
 
-def value_loss(values: Tensor, experience: Experience) -> LossOutput:
-    return LossOutput(per_token=0.5 * (values - experience.returns) ** 2, metrics={"critic/value": values})
+def value_errors(values: Tensor, experience: Experience) -> Tensor:
+    """The formula of `ClippedValueLoss`, which the engine fuses with the value head."""
+    change = (values - experience.old_values).clamp(-CLIP_EPS, CLIP_EPS)
+    clipped = experience.old_values + change - experience.returns
+    return 0.5 * torch.maximum((values - experience.returns) ** 2, clipped**2)
 
 
 def packs_of_rank(sequences: list[Experience], layout: Layout, dp_rank: int) -> list[Experience]:
@@ -82,7 +86,7 @@ def run_layout(layout: Layout, path: Path, output: Path, loss_mean: str) -> None
         results: dict[str, Any] = {"weights_before": copy_of(policy.hf_weights())}
         results["log_probs"], results["values"] = policy.infer(packs), critic.infer(packs)
         results["policy_metrics"] = [policy.step(packs, policy_loss) for _ in range(NUM_STEPS)]
-        results["critic_metrics"] = [critic.step(packs, value_loss) for _ in range(NUM_STEPS)]
+        results["critic_metrics"] = [critic.step(packs, ClippedValueLoss(CLIP_EPS)) for _ in range(NUM_STEPS)]
         results["log_probs_after"], results["values_after"] = policy.infer(packs), critic.infer(packs)
         results["weights_after"] = copy_of(policy.hf_weights())
         if mesh.rank == 0:
@@ -143,7 +147,7 @@ class Reference:
 
     def train_critic(self) -> list[dict[str, float]]:
         def loss() -> Tensor:
-            return self.mean([value_loss(self.values(s), s).per_token for s in self.sequences])
+            return self.mean([value_errors(self.values(s), s) for s in self.sequences])
 
         return self.train({**dict(self.body.named_parameters()), "value_head": self.value_head}, loss)
 

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from megatron_orz.ops import extension, reference
 from megatron_orz.ops.gae import packed_gae
+from megatron_orz.ops.moments import combine_moments
 
-Gae = Callable[..., tuple[Tensor, Tensor]]
+Gae = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Pack = tuple[Tensor, Tensor, Tensor, Tensor]
 IMPLEMENTATIONS = {"kernel": packed_gae, "reference": reference.packed_gae}
 needs_kernel = pytest.mark.skipif(extension.NOT_BUILT is not None, reason="the C++ extension is not built")
 
@@ -27,10 +29,11 @@ def cu_seqlens_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def random_pack(lengths: list[int], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def random_pack(lengths: list[int], dtype: torch.dtype, seed: int = 0) -> Pack:
+    """rewards, values, cu_seqlens, loss_mask."""
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, sum(lengths), generator=generator, dtype=torch.float64).to(dtype)
-    return rewards, values, cu_seqlens_of(lengths)
+    return rewards, values, cu_seqlens_of(lengths), torch.rand(sum(lengths), generator=generator) < 0.7
 
 
 def gae_by_definition(
@@ -58,8 +61,8 @@ DISCOUNTS = [(1.0, 1.0), (0.99, 0.95), (1.0, 0.95), (0.9, 1.0), (1.0, 0.0), (0.0
 def test_packed_gae_equals_definition(
     gae: Gae, lengths: list[int], dtype: torch.dtype, gamma: float, gae_lambda: float
 ) -> None:
-    rewards, values, cu_seqlens = random_pack(lengths, dtype)
-    advantages, returns = gae(rewards, values, cu_seqlens, gamma=gamma, gae_lambda=gae_lambda)
+    rewards, values, cu_seqlens, loss_mask = random_pack(lengths, dtype)
+    advantages, returns, _ = gae(rewards, values, cu_seqlens, loss_mask, gamma=gamma, gae_lambda=gae_lambda)
     expected_advantages, expected_returns = gae_by_definition(rewards, values, lengths, gamma, gae_lambda)
     # A sum of up to 300 unit terms: 300 roundings of its largest partial sum (about 30) bound the float32 error.
     tolerance = 1e-3 if dtype == torch.float32 else 1e-11
@@ -75,21 +78,46 @@ def test_packed_gae_equals_definition(
 def test_undiscounted_reward_at_the_end_reaches_every_token_of_its_sequence_only(gae: Gae) -> None:
     rewards = torch.tensor([0.0, 0.0, 1.0, 0.0, 0.0])
     values = torch.tensor([0.25, 0.5, 0.75, 0.5, -0.5])
-    advantages, returns = gae(rewards, values, cu_seqlens_of([3, 2]), gamma=1.0, gae_lambda=1.0)
+    mask = torch.tensor([False, True, True, False, True])
+    advantages, returns, moments = gae(rewards, values, cu_seqlens_of([3, 2]), mask, gamma=1.0, gae_lambda=1.0)
     assert returns.tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
     assert advantages.tolist() == [0.75, 0.5, 0.25, -0.5, 0.5]
+    assert moments.tolist() == pytest.approx([3, 1.25 / 3, 0.25 + 0.0625 + 0.25 - 1.25**2 / 3])
 
 
 def test_neighbours_in_a_pack_do_not_touch_each_other(gae: Gae) -> None:
     lengths = [4, 1, 6]
-    rewards, values, cu_seqlens = random_pack(lengths, torch.float64)
-    packed = gae(rewards, values, cu_seqlens, gamma=0.9, gae_lambda=0.8)
+    rewards, values, cu_seqlens, loss_mask = random_pack(lengths, torch.float64)
+    *packed, moments = gae(rewards, values, cu_seqlens, loss_mask, gamma=0.9, gae_lambda=0.8)
     alone = [
-        gae(r, v, cu_seqlens_of([len(r)]), gamma=0.9, gae_lambda=0.8)
-        for r, v in zip(rewards.split(lengths), values.split(lengths), strict=True)
+        gae(*arrays[:2], cu_seqlens_of([len(arrays[0])]), arrays[2], gamma=0.9, gae_lambda=0.8)
+        for arrays in zip(*(x.split(lengths) for x in (rewards, values, loss_mask)), strict=True)
     ]
-    for of_pack, of_sequences in zip(packed, zip(*alone, strict=True), strict=True):
-        torch.testing.assert_close(of_pack, torch.cat(of_sequences), rtol=0, atol=1e-14)
+    *of_sequences, parts = zip(*alone, strict=True)
+    for of_pack, of_each in zip(packed, of_sequences, strict=True):
+        torch.testing.assert_close(of_pack, torch.cat(of_each), rtol=0, atol=1e-14)
+    torch.testing.assert_close(moments, combine_moments(torch.stack(parts)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6], ids=["near-0", "far-from-0"])
+def test_moments_are_those_of_the_advantages_under_the_mask(gae: Gae, offset: float) -> None:
+    """Whatever lies outside the mask, even a value that is not a number; and from a mean that is far from 0."""
+    rewards, values, cu_seqlens, loss_mask = random_pack([5, 1, 300, 0, 77], torch.float64)
+    rewards = rewards + offset
+    loss_mask[:5], values[0] = False, float("nan")  # of the first sequence, which nothing else depends on
+    advantages, _, moments = gae(rewards, values, cu_seqlens, loss_mask, gamma=0.5, gae_lambda=0.5)
+    counted = advantages[loss_mask]
+    expected = torch.stack([loss_mask.sum().double(), counted.mean(), (counted - counted.mean()).square().sum()])
+    assert advantages[0].isnan()
+    torch.testing.assert_close(moments, expected, rtol=1e-9, atol=0)
+
+
+def test_a_pack_without_loss_tokens_has_moments_0(gae: Gae) -> None:
+    for lengths in ([], [0], [4, 2]):
+        rewards, values, cu_seqlens, loss_mask = random_pack(lengths, torch.float32)
+        *_, moments = gae(rewards, values, cu_seqlens, loss_mask & False, gamma=0.9, gae_lambda=0.8)
+        assert moments.tolist() == [0.0, 0.0, 0.0]
+        assert moments.dtype == torch.float64
 
 
 @needs_kernel
@@ -103,7 +131,7 @@ def test_neighbours_in_a_pack_do_not_touch_each_other(gae: Gae) -> None:
 def test_kernel_equals_reference(lengths: list[int], gamma: float, gae_lambda: float, seed: int) -> None:
     pack = random_pack(lengths, torch.float64, seed)
     expected = reference.packed_gae(*pack, gamma=gamma, gae_lambda=gae_lambda)
-    torch.testing.assert_close(packed_gae(*pack, gamma=gamma, gae_lambda=gae_lambda), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(packed_gae(*pack, gamma=gamma, gae_lambda=gae_lambda), expected, rtol=1e-12, atol=1e-12)
 
 
 @needs_kernel
@@ -112,7 +140,8 @@ def test_kernel_stays_exact_over_long_responses() -> None:
     values = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
     rewards = torch.zeros(20_000)
     rewards[-1] = 1.0
-    _, returns = packed_gae(rewards, values, cu_seqlens_of([20_000]), gamma=1.0, gae_lambda=1.0)
+    mask = torch.ones(20_000, dtype=torch.bool)
+    _, returns, _ = packed_gae(rewards, values, cu_seqlens_of([20_000]), mask, gamma=1.0, gae_lambda=1.0)
     torch.testing.assert_close(returns, torch.ones(20_000), rtol=0, atol=1e-7)
 
 
@@ -121,15 +150,18 @@ def test_kernel_is_right_when_many_sequences_are_shared_by_threads() -> None:
     lengths = [1 + 37 * i % 211 for i in range(1000)]
     pack = random_pack(lengths, torch.float64)
     expected = reference.packed_gae(*pack, gamma=0.99, gae_lambda=0.95)
-    torch.testing.assert_close(packed_gae(*pack, gamma=0.99, gae_lambda=0.95), expected, rtol=0, atol=1e-12)
+    actual = packed_gae(*pack, gamma=0.99, gae_lambda=0.95)
+    torch.testing.assert_close(actual[:2], expected[:2], rtol=0, atol=1e-12)
+    torch.testing.assert_close(actual[2], expected[2], rtol=1e-12, atol=0)
 
 
 @needs_kernel
 def test_kernel_reads_strided_inputs() -> None:
-    rewards, values, cu_seqlens = random_pack([3, 5], torch.float64)
+    rewards, values, cu_seqlens, loss_mask = random_pack([3, 5], torch.float64)
     strided = torch.stack([rewards, values], dim=1)
-    expected = packed_gae(rewards, values, cu_seqlens, gamma=0.9, gae_lambda=0.8)
-    actual = packed_gae(strided[:, 0], strided[:, 1], cu_seqlens, gamma=0.9, gae_lambda=0.8)
+    mask = torch.stack([loss_mask, ~loss_mask], dim=1)[:, 0]
+    expected = packed_gae(rewards, values, cu_seqlens, loss_mask, gamma=0.9, gae_lambda=0.8)
+    actual = packed_gae(strided[:, 0], strided[:, 1], cu_seqlens, mask, gamma=0.9, gae_lambda=0.8)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -158,7 +190,13 @@ def test_an_unbuilt_extension_falls_back_on_the_reference(
 
 
 def bad(**changes: Tensor) -> dict[str, Tensor]:
-    return {"rewards": torch.zeros(3), "values": torch.zeros(3), "cu_seqlens": cu_seqlens_of([1, 2]), **changes}
+    good = {
+        "rewards": torch.zeros(3),
+        "values": torch.zeros(3),
+        "cu_seqlens": cu_seqlens_of([1, 2]),
+        "loss_mask": torch.ones(3, dtype=torch.bool),
+    }
+    return {**good, **changes}
 
 
 BAD_INPUTS = {
@@ -170,6 +208,8 @@ BAD_INPUTS = {
     "ends early": (bad(cu_seqlens=cu_seqlens_of([1, 1])), r"0 to the 3 packed tokens, but is \[0, 1, 2\]"),
     "starts late": (bad(cu_seqlens=torch.tensor([1, 3], dtype=torch.int32)), r"\[1, 3\]"),
     "falls": (bad(cu_seqlens=torch.tensor([0, 5, 3], dtype=torch.int32)), r"\[0, 5, 3\]"),
+    "mask of numbers": (bad(loss_mask=torch.ones(3)), r"loss_mask is float32 \[3\] on cpu"),
+    "short mask": (bad(loss_mask=torch.ones(2, dtype=torch.bool)), r"loss_mask is bool \[2\]"),
     "no boundaries": (bad(cu_seqlens=torch.tensor([], dtype=torch.int32)), r"\[\]"),
 }
 

@@ -1,0 +1,71 @@
+"""Times of several functions, interleaved, and the memory one of them takes."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Run = Callable[[], Any]
+
+
+def interleaved_times(
+    runs: Mapping[str, Run], device: torch.device, *, num_repeats: int, on_run: Run = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of `num_repeats` runs of each function, after one run that does not count.
+
+    The functions take turns, each round starting with another one, so that a machine that slows down for a while slows
+    all of them down. `on_run` is called after every run.
+    """
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(num_repeats + 1):
+        first = turn % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            seconds = _seconds(runs[name], device)
+            if turn > 0:
+                times[name].append(seconds)
+            on_run()
+    return times
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def peak_extra_bytes(run: Run, device: torch.device) -> int:
+    """The most memory that exists at once during a run beyond what existed before; on a CPU, of the whole process.
+
+    The function runs once before, so that libraries and compiled code are there already.
+    """
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = _resident_bytes("VmRSS")
+    run()
+    return max(0, _resident_bytes("VmHWM") - before)
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
