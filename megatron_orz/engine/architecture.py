@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_orz.config import ParallelConfig
+from megatron_orz.engine.stages import layers_of_chunks
 
 SUPPORTED_FAMILIES = ("llama", "qwen2")
 
@@ -40,8 +41,8 @@ class Architecture:
         return -(-self.vocab_size // tp) * tp
 
     def check_layout(self, parallel: ParallelConfig) -> None:
-        """Raises ValueError when the model cannot be cut into `parallel`'s tp and pp."""
-        tp, pp = parallel.tp, parallel.pp
+        """Raises ValueError when the model cannot be cut as `parallel` asks."""
+        tp = parallel.tp
         for name, count in (
             ("attention heads", self.num_heads),
             ("key-value heads", self.num_kv_heads),
@@ -52,10 +53,7 @@ class Architecture:
                     f"parallel.tp {tp} does not divide the model's {count} {name}; "
                     f"choose a tp that divides {self.num_heads}, {self.num_kv_heads} and {self.ffn_size}"
                 )
-        if self.num_layers % pp:
-            raise ValueError(
-                f"parallel.pp {pp} does not divide the model's {self.num_layers} layers; choose a pp that does"
-            )
+        layers_of_chunks(self.num_layers, parallel)
 
 
 def read_architecture(path: Path) -> Architecture:

@@ -13,11 +13,6 @@ from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -26,10 +21,11 @@ from megatron_orz.algorithms.losses import loss_totals, token_weights
 from megatron_orz.config import CriticConfig, ModelConfig
 from megatron_orz.engine import platform, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.attention import pack_layout
-from megatron_orz.engine.model import ValueHead, build_model
+from megatron_orz.engine.micro_batches import MicroBatch, micro_batches
+from megatron_orz.engine.model import HeadlessGPTModel, ValueHead, build_model
 from megatron_orz.engine.optimizer import Optimizer
 from megatron_orz.engine.parallel import Mesh
+from megatron_orz.engine.replicas import finish_gather, gather_parameters, replicate
 from megatron_orz.ops.log_prob import linear_log_prob
 from megatron_orz.types import LossMean, LossOutput, Metrics, NamedWeights, PackedBatch, PolicyOutput
 
@@ -58,21 +54,17 @@ class MegatronEngine(ABC, Generic[Output]):
         self.architecture.check_layout(mesh.config)
         self.loss_mean: LossMean = loss_mean
         with platform.megatron_calls():
-            self.model = build_model(
+            self.chunks = build_model(
                 self.architecture, mesh, dtype=config.dtype, recompute=config.recompute, value_head=value_head
             )
-            weights.load_hf(self.model, config.path, self.architecture, mesh)
-            self._ddp = DistributedDataParallel(
-                self.model.config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    overlap_grad_reduce=False,
-                    use_distributed_optimizer=config.optimizer.distributed,
-                ),
-                self.model,
-            )
-            self._optimizer = Optimizer(self._ddp, config.optimizer, self.name)
-        self.model.config.finalize_model_grads_func = _sum_gradients
+            weights.load_hf(self.chunks, config.path, self.architecture, mesh)
+            self._replicas = replicate(self.chunks, mesh.config, config.optimizer)
+            self._optimizer = Optimizer(self._replicas, config.optimizer, self.name)
+
+    @property
+    def model(self) -> HeadlessGPTModel:
+        """This rank's chunk nearest the output: on the last stage it holds the head."""
+        return self.chunks[-1]
 
     @abstractmethod
     def _head(self, hidden: Tensor, batch: PackedBatch) -> Output:
@@ -85,11 +77,13 @@ class MegatronEngine(ABC, Generic[Output]):
     def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """A [T] float32 tensor for each batch, on the CPU of every rank."""
 
-        def collect(output: Output, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        def collect(output: Output, pack: MicroBatch[PackedBatch]) -> tuple[Tensor, Tensor]:
             inferred = self._inferred(output)
-            return inferred.new_zeros(()), inferred
+            return inferred.new_zeros(()), pack.whole(inferred)
 
-        self._ddp.eval()
+        gather_parameters(self._replicas)
+        for replica in self._replicas:
+            replica.eval()
         with torch.no_grad():
             results = self._run(batches, collect, forward_only=True)
         sizes = [batch.tokens.shape[0] for batch in batches]
@@ -104,14 +98,15 @@ class MegatronEngine(ABC, Generic[Output]):
         totals = loss_totals(minibatch)
         dist.all_reduce(totals, group=self.mesh.dp_group)
 
-        def weighted(output: Output, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            result = loss(output, batch)
-            total = (result.per_token * token_weights(batch, self.loss_mean, totals)).sum()
-            mean_weights = token_weights(batch, "token", totals)
+        def weighted(output: Output, pack: MicroBatch[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+            result = loss(output, pack.local)
+            total = (result.per_token * pack.take(token_weights(pack.batch, self.loss_mean, totals))).sum()
+            mean_weights = pack.take(token_weights(pack.batch, "token", totals))
             metrics = {name: (value.detach() * mean_weights).sum() for name, value in result.metrics.items()}
             return total, {f"{self.name}/loss": total.detach().clone(), **metrics}
 
-        self._ddp.train()
+        for replica in self._replicas:
+            replica.train()
         self._optimizer.zero_grad()
         results = self._run(minibatch, weighted, forward_only=False)
         with platform.megatron_calls():
@@ -120,44 +115,45 @@ class MegatronEngine(ABC, Generic[Output]):
 
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
-        return weights.hf_weights(self.model, self.architecture, self.mesh)
+        gather_parameters(self._replicas)
+        return weights.hf_weights(self.chunks, self.architecture, self.mesh)
 
     def _run(
         self,
         batches: Sequence[Batch],
-        on_output: Callable[[Output, Batch], tuple[Tensor, Any]],
+        on_output: Callable[[Output, MicroBatch[Batch]], tuple[Tensor, Any]],
         *,
         forward_only: bool,
     ) -> list[Any]:
         """Runs the pipeline schedule over the batches; the second results of `on_output`, on the last stage."""
-        on_device = [batch.to(self.mesh.device) for batch in batches]
-        dtype = self.model.config.params_dtype
-        layouts = [pack_layout(batch.cu_seqlens, batch.max_seqlen, dtype=dtype) for batch in on_device]
+        packs = micro_batches(batches, self.mesh, dtype=self.model.config.params_dtype)
 
-        def loss_func(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            loss, result = on_output(self._head(self._whole(hidden), batch), batch)
+        def loss_func(pack: MicroBatch[Batch], hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            finish_gather(self._replicas[-1])
+            loss, result = on_output(self._head(self._whole(hidden), pack.local), pack)
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), result
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            batch, layout = next(iterator)
+            pack = next(iterator)
             hidden = model(
-                input_ids=batch.tokens[None],
-                position_ids=batch.position_ids[None],
+                input_ids=pack.local.tokens[None],
+                position_ids=pack.local.position_ids[None],
                 attention_mask=None,
-                packed_seq_params=layout,
+                packed_seq_params=pack.layout,
             )
-            return hidden, partial(loss_func, batch)
+            return hidden, partial(loss_func, pack)
 
         with platform.megatron_calls():
-            return get_forward_backward_func()(
+            results = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(list(zip(on_device, layouts, strict=True))),
-                model=self._ddp,
-                num_microbatches=len(on_device),
-                seq_length=on_device[0].tokens.shape[0],
+                data_iterator=[iter(packs) for _ in self._replicas],
+                model=self._replicas,
+                num_microbatches=len(packs),
+                seq_length=packs[0].local.tokens.shape[0],
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        return list(results[: len(batches)])
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """The last stage's output [T or T/tp, 1, H] as [T, H] on every tensor-parallel rank.
@@ -169,14 +165,14 @@ class MegatronEngine(ABC, Generic[Output]):
         return hidden.squeeze(1)
 
     def _sum_metrics(self, results: list[dict[str, Tensor]]) -> Metrics:
-        """Sums over micro-batches and data-parallel ranks, known on every rank."""
+        """Sums over micro-batches, data- and context-parallel ranks, known on every rank."""
         names: list[Any] = [sorted(results[0])] if self.mesh.is_last_stage else [None]
         if self.mesh.pp > 1:
             dist.broadcast_object_list(names, group=self.mesh.pp_group, group_src=self.mesh.pp - 1)
         sums = torch.zeros(len(names[0]), device=self.mesh.device)
         for result in results if self.mesh.is_last_stage else []:
             sums += torch.stack([result[name] for name in names[0]])
-        dist.all_reduce(sums, group=self.mesh.dp_group)
+        dist.all_reduce(sums, group=self.mesh.dp_cp_group)
         self.mesh.broadcast_from_last_stage(sums)
         return dict(zip(names[0], sums.tolist(), strict=True))
 
@@ -227,8 +223,3 @@ class CriticEngine(MegatronEngine[Tensor]):
 
     def _inferred(self, output: Tensor) -> Tensor:
         return output
-
-
-def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """`finalize_model_grads` without its division by tokens: the loss weights already hold it."""
-    finalize_model_grads(model, None, **kwargs)

@@ -17,10 +17,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_orz.config import DType, ValueHeadInit
+from megatron_orz.config import DType, Recompute, ValueHeadInit
 from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.attention import PackedAttention
 from megatron_orz.engine.parallel import Mesh
+from megatron_orz.engine.stages import layers_of_chunks
 
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,40 +66,50 @@ class HeadlessGPTModel(GPTModel):
 
 
 def build_model(
-    architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: bool, value_head: ValueHead | None
-) -> HeadlessGPTModel:
-    """Builds this rank's layers, without weights: `weights.load_hf` fills them."""
+    architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: Recompute, value_head: ValueHead | None
+) -> list[HeadlessGPTModel]:
+    """Builds this rank's model chunks, without weights: `weights.load_hf` fills them."""
     config = _transformer_config(architecture, mesh, DTYPES[dtype], recompute=recompute)
+    return [_build_chunk(architecture, mesh, config, index, value_head) for index in range(mesh.config.vpp)]
+
+
+def _build_chunk(
+    architecture: Architecture, mesh: Mesh, config: TransformerConfig, index: int, value_head: ValueHead | None
+) -> HeadlessGPTModel:
+    is_last = mesh.is_last_stage and index == mesh.config.vpp - 1
+    vp_stage = index if mesh.config.vpp > 1 else None
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    num_layers = get_num_layers_to_build(config, vp_stage)
+    block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
     gpt = HeadlessGPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=architecture.padded_vocab_size(mesh.tp),
         max_sequence_length=architecture.max_position,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
+        pre_process=mesh.is_first_stage and index == 0,
+        post_process=is_last,
         share_embeddings_and_output_weights=architecture.tied_embeddings and value_head is None,
         position_embedding_type="rope",
         rotary_base=architecture.rope_theta,
+        vp_stage=vp_stage,
     )
-    if value_head is not None and mesh.is_last_stage:
+    # The angles are gathered by position: a context-parallel rank takes its own from the whole table.
+    gpt.rotary_pos_emb.cp_group = None
+    if value_head is not None and is_last:
         gpt.output_layer = value_head.to(config.params_dtype)
     return gpt.to(mesh.device)
 
 
 def _transformer_config(
-    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, *, recompute: bool
+    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, *, recompute: Recompute
 ) -> TransformerConfig:
-    recompute_options: dict[str, Any] = {}
-    if recompute:
-        recompute_options = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
+    recompute_options: dict[Recompute, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -115,7 +126,7 @@ def _transformer_config(
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp,
-        pipeline_model_parallel_size=mesh.pp,
+        context_parallel_size=mesh.cp,
         sequence_parallel=mesh.config.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -135,5 +146,19 @@ def _transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        **recompute_options,
+        **recompute_options[recompute],
+        **_pipeline_options(architecture.num_layers, mesh),
     )
+
+
+def _pipeline_options(num_layers: int, mesh: Mesh) -> dict[str, Any]:
+    if mesh.pp == 1:
+        return {}
+    layout = [["decoder"] * len(layers) for layers in layers_of_chunks(num_layers, mesh.config)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    options: dict[str, Any] = {"pipeline_model_parallel_size": mesh.pp, "pipeline_model_parallel_layout": layout}
+    if mesh.config.vpp > 1:
+        # Batched, the sends of both directions between two stages can be taken for one another (seen with gloo).
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -24,11 +25,11 @@ logger = logging.getLogger(__name__)
 class Optimizer:
     """One model's optimizer and schedule. Every call is collective over the model's ranks."""
 
-    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, name: str) -> None:
-        transformer: TransformerConfig = model.config
+    def __init__(self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, name: str) -> None:
+        transformer: TransformerConfig = chunks[0].config
         self._config = config
         self._name = name
-        self._model = model
+        self._chunks = chunks
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -41,8 +42,9 @@ class Optimizer:
                 bf16=transformer.bf16,
                 params_dtype=transformer.params_dtype,
                 use_distributed_optimizer=config.distributed,
+                overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             ),
-            [model],
+            list(chunks),
         )
         # Besides the warm-up, the scheduler is what makes megatron-core spare biases and norms from weight decay.
         self._schedule = OptimizerParamScheduler(
@@ -66,7 +68,8 @@ class Optimizer:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
 
     def step(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.model import HeadlessGPTModel, ValueHead
 from megatron_orz.engine.parallel import Mesh
+from megatron_orz.engine.stages import stage_of_layer
 from megatron_orz.types import NamedWeights
 
 
@@ -221,7 +222,7 @@ def _tensor_files(path: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), single)
 
 
-def load_hf(model: HeadlessGPTModel, path: Path, architecture: Architecture, mesh: Mesh) -> None:
+def load_hf(chunks: Sequence[HeadlessGPTModel], path: Path, architecture: Architecture, mesh: Mesh) -> None:
     """Fills this rank's parameters from a Hugging Face checkpoint; a value head keeps its own.
 
     Raises ValueError when the checkpoint does not hold exactly what the architecture asks for.
@@ -232,8 +233,8 @@ def load_hf(model: HeadlessGPTModel, path: Path, architecture: Architecture, mes
         known.add("lm_head.weight")
     if unknown := sorted(name for name in checkpoint.files if name not in known and "rotary_emb" not in name):
         raise ValueError(f"{path} holds {len(unknown)} tensors its config.json does not account for, e.g. {unknown[0]}")
-    has_value_head = isinstance(getattr(model, "output_layer", None), ValueHead)
-    parameters = global_parameters(model)
+    has_value_head = isinstance(getattr(chunks[-1], "output_layer", None), ValueHead)
+    parameters = global_parameters(chunks)
     if has_value_head:
         del parameters["output_layer.weight"]
     for entry in weight_table(architecture):
@@ -258,14 +259,14 @@ def _mark_as_shard(parameter: torch.nn.Parameter, dim: int) -> None:
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def hf_weights(model: HeadlessGPTModel, architecture: Architecture, mesh: Mesh) -> NamedWeights:
+def hf_weights(chunks: Sequence[HeadlessGPTModel], architecture: Architecture, mesh: Mesh) -> NamedWeights:
     """The whole weights under Hugging Face names, on every rank, in the order of the layers.
 
     A collective over the tensor- and pipeline-parallel ranks: every rank must exhaust the iterator. A tied output
     weight is the embedding, and is not yielded again. A tensor may share memory with the live parameter: copy what has
     to outlast the next update.
     """
-    parameters = global_parameters(model)
+    parameters = global_parameters(chunks)
     for entry in weight_table(architecture):
         if entry.megatron_name == "output_layer.weight" and architecture.tied_embeddings:
             continue
@@ -274,7 +275,7 @@ def hf_weights(model: HeadlessGPTModel, architecture: Architecture, mesh: Mesh) 
             whole = _gather(parameters[entry.megatron_name].detach(), entry.layout, mesh)
             tensors = [tensor.contiguous() for tensor in entry.layout.split(whole)]
         else:
-            dtype = model.config.params_dtype
+            dtype = chunks[0].config.params_dtype
             tensors = [torch.empty(shape, dtype=dtype, device=mesh.device) for shape in entry.hf.values()]
         for name, tensor in zip(entry.hf, tensors, strict=True):
             if mesh.pp > 1:
@@ -286,7 +287,7 @@ def _owner_stage(megatron_name: str, architecture: Architecture, mesh: Mesh) -> 
     if megatron_name.startswith("embedding."):
         return 0
     if megatron_name.startswith("decoder.layers."):
-        return int(megatron_name.split(".")[2]) // (architecture.num_layers // mesh.pp)
+        return stage_of_layer(int(megatron_name.split(".")[2]), architecture.num_layers, mesh.config)
     return mesh.pp - 1
 
 
@@ -298,12 +299,13 @@ def _gather(shard: Tensor, layout: Layout, mesh: Mesh) -> Tensor:
     return layout.unshard(shards)
 
 
-def global_parameters(model: HeadlessGPTModel) -> dict[str, torch.nn.Parameter]:
+def global_parameters(chunks: Sequence[HeadlessGPTModel]) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by their names in an undivided model: layers are numbered over all stages."""
     parameters = {}
-    for name, parameter in model.named_parameters():
-        if name.startswith("decoder.layers."):
-            _, _, local_layer, rest = name.split(".", 3)
-            name = f"decoder.layers.{model.decoder.layers[int(local_layer)].layer_number - 1}.{rest}"
-        parameters[name] = parameter
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if name.startswith("decoder.layers."):
+                _, _, local_layer, rest = name.split(".", 3)
+                name = f"decoder.layers.{chunk.decoder.layers[int(local_layer)].layer_number - 1}.{rest}"
+            parameters[name] = parameter
     return parameters

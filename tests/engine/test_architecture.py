@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -64,7 +65,9 @@ def test_unsupported_options_are_named(
     [
         (ParallelConfig(tp=3), "parallel.tp 3 does not divide the model's 4 attention heads"),
         (ParallelConfig(tp=4), "parallel.tp 4 does not divide the model's 2 key-value heads"),
-        (ParallelConfig(pp=3), "parallel.pp 3 does not divide the model's 4 layers"),
+        (ParallelConfig(pp=5), r"4 layers cannot fill pp\*vpp = 5\*1 chunks"),
+        (ParallelConfig(pp=2, vpp=3), r"4 layers cannot fill pp\*vpp = 2\*3 chunks"),
+        (ParallelConfig(pp=2, chunk_layers=(2, 3)), "chunk_layers .* adds up to 5, but the model has 4 layers"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused(model_dir: Path, parallel: ParallelConfig, message: str) -> None:
@@ -72,6 +75,29 @@ def test_layouts_that_do_not_fit_are_refused(model_dir: Path, parallel: Parallel
         read_architecture(model_dir).check_layout(parallel)
 
 
-def test_world_size_must_be_a_multiple_of_the_layout() -> None:
-    with pytest.raises(ValueError, match="world size 3 is not a multiple of tp\\*pp = 2\\*1"):
-        ParallelConfig(tp=2).check_world_size(3)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cp": 0}, "parallel.cp 0 is not at least 1"),
+        ({"vpp": 2}, "parallel.vpp 2 interleaves .* it needs parallel.pp > 1"),
+        ({"pp": 2, "chunk_layers": (4,)}, r"chunk_layers has 1 entries, but pp\*vpp = 2\*1 chunks need one each"),
+        ({"pp": 2, "chunk_layers": (4, 0)}, r"chunk_layers \(4, 0\) leaves a chunk without a layer"),
+        ({"sequence_parallel": True}, "it needs parallel.tp > 1"),
+    ],
+)
+def test_grids_that_contradict_themselves_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "message"),
+    [
+        (ParallelConfig(tp=2), 3, r"world size 3 is not a multiple of tp\*pp\*cp = 2\*1\*1"),
+        (ParallelConfig(tp=2, cp=3), 8, r"world size 8 is not a multiple of tp\*pp\*cp = 2\*1\*3"),
+        (ParallelConfig(pp=2, ep=4), 4, "parallel.ep 4 does not divide the 2 ranks of a pipeline stage"),
+    ],
+)
+def test_world_size_must_fit_the_grid(parallel: ParallelConfig, world_size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parallel.check_world_size(world_size)

@@ -33,14 +33,18 @@ class Layout:
 
     tp: int = 1
     pp: int = 1
+    vpp: int = 1
+    cp: int = 1
     dp: int = 1
+    chunk_layers: tuple[int, ...] = ()
+    overlap: bool = False
     sequence_parallel: bool = False
     num_packs: int = 3
-    recompute: bool = False
+    recompute: str = "none"
     distributed_optimizer: bool = True
 
     def __str__(self) -> str:
-        return "-".join(f"{name}{int(value)}" for name, value in dataclasses.asdict(self).items())
+        return "-".join(f"{name}{value}" for name, value in dataclasses.asdict(self).items())
 
 
 def policy_loss(output: PolicyOutput, experience: Experience) -> LossOutput:
@@ -72,7 +76,16 @@ def run_layout(layout: Layout, path: Path, output: Path, loss_mean: str) -> None
     from megatron_orz.engine.parallel import open_mesh
 
     sequences = tiny.random_sequences(12)
-    parallel = ParallelConfig(tp=layout.tp, pp=layout.pp, sequence_parallel=layout.sequence_parallel, timeout_s=60)
+    parallel = ParallelConfig(
+        tp=layout.tp,
+        pp=layout.pp,
+        vpp=layout.vpp,
+        cp=layout.cp,
+        chunk_layers=layout.chunk_layers,
+        overlap=layout.overlap,
+        sequence_parallel=layout.sequence_parallel,
+        timeout_s=60,
+    )
     optimizer = dataclasses.replace(OPTIMIZER, distributed=layout.distributed_optimizer)
     with open_mesh(parallel, seed=0) as mesh:
         packs = packs_of_rank(sequences, layout, mesh.dp_rank)
@@ -160,7 +173,12 @@ def masked(packs: list[Experience], flat: list[Tensor]) -> Tensor:
 def check_layout(layout: Layout, tmp_path: Path, *, family: str, tied: bool, loss_mean: str) -> None:
     tiny.save_model(tmp_path / "model", family=family, tied=tied)
     run_ranks(
-        layout.tp * layout.pp * layout.dp, run_layout, layout, tmp_path / "model", tmp_path / "results.pt", loss_mean
+        layout.tp * layout.pp * layout.cp * layout.dp,
+        run_layout,
+        layout,
+        tmp_path / "model",
+        tmp_path / "results.pt",
+        loss_mean,
     )
     results = torch.load(tmp_path / "results.pt")
     sequences = tiny.random_sequences(12)
@@ -198,6 +216,12 @@ def check_layout(layout: Layout, tmp_path: Path, *, family: str, tied: bool, los
         (Layout(tp=2), True),
         (Layout(pp=2), True),
         (Layout(dp=2), False),
+        (Layout(pp=2, vpp=2), True),
+        (Layout(pp=2, vpp=2), False),
+        (Layout(pp=2, chunk_layers=(1, 3)), False),
+        (Layout(cp=2), False),
+        (Layout(recompute="selective"), False),
+        (Layout(dp=2, overlap=True), False),
         (Layout(tp=2, sequence_parallel=True), False),
     ],
     ids=str,
@@ -212,7 +236,7 @@ def test_layout_equals_one_hugging_face_model(layout: Layout, tied: bool, tmp_pa
     "layout",
     [
         Layout(num_packs=1),
-        Layout(recompute=True),
+        Layout(recompute="full"),
         Layout(tp=2),
         Layout(pp=2),
         Layout(pp=4),
@@ -220,7 +244,7 @@ def test_layout_equals_one_hugging_face_model(layout: Layout, tied: bool, tmp_pa
         Layout(tp=2, pp=2),
         Layout(tp=2, dp=2),
         Layout(pp=2, dp=2),
-        Layout(tp=2, pp=2, sequence_parallel=True, recompute=True),
+        Layout(tp=2, pp=2, sequence_parallel=True, recompute="full"),
     ],
     ids=str,
 )
