@@ -81,7 +81,6 @@ class MegatronEngine(ABC, Generic[Output]):
             inferred = self._inferred(output)
             return inferred.new_zeros(()), pack.whole(inferred)
 
-        gather_parameters(self._replicas)
         for replica in self._replicas:
             replica.eval()
         with torch.no_grad():

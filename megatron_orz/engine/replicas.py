@@ -47,10 +47,9 @@ def _sum_gradients(chunks: list[torch.nn.Module], num_tokens: Tensor | None, **k
 
 
 def gather_parameters(replicas: Sequence[DistributedDataParallel]) -> None:
-    """Brings updated parameters to every rank where that waits for the next training pass.
+    """Brings updated parameters to every rank where that otherwise waits for the next forward pass.
 
-    megatron-core's hooks gather them once after `zero_grad_buffer`: what reads parameters between an update and the
-    next one would otherwise see old values, in silence.
+    What reads parameters without a forward pass would see old values, in silence.
     """
     for replica in replicas:
         if replica.ddp_config.overlap_param_gather:

@@ -21,11 +21,11 @@ def test_chunks_hold_every_layer_once_in_order(num_layers: int, pp: int, vpp: in
 
 def test_stages_take_turns() -> None:
     parallel = ParallelConfig(pp=2, vpp=2)
-    assert layers_of_chunks(7, parallel) == [range(0, 2), range(2, 4), range(4, 6), range(6, 7)]
+    assert layers_of_chunks(7, parallel) == [range(2), range(2, 4), range(4, 6), range(6, 7)]
     assert [stage_of_layer(layer, 7, parallel) for layer in range(7)] == [0, 0, 1, 1, 0, 0, 1]
 
 
 def test_given_layers_are_obeyed() -> None:
     parallel = ParallelConfig(pp=3, chunk_layers=(1, 4, 2))
-    assert layers_of_chunks(7, parallel) == [range(0, 1), range(1, 5), range(5, 7)]
+    assert layers_of_chunks(7, parallel) == [range(1), range(1, 5), range(5, 7)]
     assert [stage_of_layer(layer, 7, parallel) for layer in range(7)] == [0, 1, 1, 1, 1, 2, 2]
