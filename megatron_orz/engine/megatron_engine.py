@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,9 +24,10 @@ from megatron_orz.engine import platform, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
 from megatron_orz.engine.micro_batches import MicroBatch, micro_batches
 from megatron_orz.engine.model import HeadlessGPTModel, ValueHead, build_model
+from megatron_orz.engine.offload import Offload
 from megatron_orz.engine.optimizer import Optimizer
 from megatron_orz.engine.parallel import Mesh
-from megatron_orz.engine.replicas import finish_gather, gather_parameters, replicate
+from megatron_orz.engine.replicas import finish_gather, gather_parameters, gradient_buffers, replicate
 from megatron_orz.ops.log_prob import linear_log_prob
 from megatron_orz.types import LossMean, LossOutput, Metrics, NamedWeights, PackedBatch, PolicyOutput
 
@@ -60,6 +62,7 @@ class MegatronEngine(ABC, Generic[Output]):
             weights.load_hf(self.chunks, config.path, self.architecture, mesh)
             self._replicas = replicate(self.chunks, mesh.config, config.optimizer)
             self._optimizer = Optimizer(self._replicas, config.optimizer, self.name)
+        self._offload = Offload(mesh.device)
 
     @property
     def model(self) -> HeadlessGPTModel:
@@ -104,6 +107,7 @@ class MegatronEngine(ABC, Generic[Output]):
             metrics = {name: (value.detach() * mean_weights).sum() for name, value in result.metrics.items()}
             return total, {f"{self.name}/loss": total.detach().clone(), **metrics}
 
+        self._check_loaded()
         for replica in self._replicas:
             replica.train()
         self._optimizer.zero_grad()
@@ -114,8 +118,28 @@ class MegatronEngine(ABC, Generic[Output]):
 
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
+        self._check_loaded()
         gather_parameters(self._replicas)
         return weights.hf_weights(self.chunks, self.architecture, self.mesh)
+
+    def offload(self) -> Metrics:
+        """Hands the device memory of parameters, gradients and optimizer states back, until `reload`.
+
+        Their contents wait in (pinned) host memory. Nothing else may be called before `reload`.
+        """
+        gather_parameters(self._replicas)
+        tensors = chain.from_iterable(chain(chunk.parameters(), chunk.buffers()) for chunk in self.chunks)
+        num_bytes = self._offload.release(
+            keep=chain(tensors, self._optimizer.tensors()), drop=gradient_buffers(self._replicas)
+        )
+        return {
+            f"{self.name}/offloaded_gib": num_bytes / 2**30,
+            f"{self.name}/peak_memory_gib": platform.peak_memory_gib(),
+        }
+
+    def reload(self) -> None:
+        """Brings everything back as it was, bit for bit."""
+        self._offload.restore()
 
     def _run(
         self,
@@ -125,6 +149,7 @@ class MegatronEngine(ABC, Generic[Output]):
         forward_only: bool,
     ) -> list[Any]:
         """Runs the pipeline schedule over the batches; the second results of `on_output`, on the last stage."""
+        self._check_loaded()
         packs = micro_batches(batches, self.mesh, dtype=self.model.config.params_dtype)
 
         def loss_func(pack: MicroBatch[Batch], hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
@@ -153,6 +178,11 @@ class MegatronEngine(ABC, Generic[Output]):
                 forward_only=forward_only,
             )
         return list(results[: len(batches)])
+
+    def _check_loaded(self) -> None:
+        # Reading a storage that is not there would crash the process.
+        if self._offload.is_active:
+            raise RuntimeError(f"the {self.name} is offloaded; call reload() first")
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """The last stage's output [T or T/tp, 1, H] as [T, H] on every tensor-parallel rank.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,13 @@ class _CudaMeansCpu(TorchFunctionMode):
 def device() -> torch.device:
     """Where models live: this rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def peak_memory_gib() -> float:
+    """The most memory that tensors held on this GPU at once, in all the process; on the CPU, its resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def megatron_calls() -> contextlib.AbstractContextManager[object]:

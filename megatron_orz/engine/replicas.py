@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,3 +61,10 @@ def finish_gather(replica: DistributedDataParallel) -> None:
     if replica.ddp_config.overlap_param_gather:
         for group in replica.bucket_groups:
             group.finish_param_sync()
+
+
+def gradient_buffers(replicas: Sequence[DistributedDataParallel]) -> Iterator[Tensor]:
+    """The flat float32 tensors that hold every gradient; nothing in them outlives an update."""
+    for replica in replicas:
+        for buffer in replica.buffers + replica.expert_parallel_buffers:
+            yield buffer.grad_data
