@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import traceback
@@ -85,6 +86,8 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
             pipe.send(None)
         except Exception as error:
             pipe.send((error, traceback.format_exc()))
+        # Models are cycles of references; process groups that they hold keep dozens of threads alive.
+        gc.collect()
 
 
 def _rank_main(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:

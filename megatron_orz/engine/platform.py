@@ -72,26 +72,25 @@ def install() -> None:
     if torch.cuda.is_available() or torch.cuda.Stream is _NoStream:
         return
 
-    def nothing(*args: object, **kwargs: object) -> None:
-        return None
-
-    def no_bytes(*args: object, **kwargs: object) -> int:
-        return 0
+    # torch.compile keeps a table of torch's functions: each name needs a function of its own.
+    def always(result: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: result
 
     replacements: dict[str, Any] = {
-        "current_device": lambda: CPU,
-        "manual_seed": torch.manual_seed,
+        "manual_seed": lambda seed: torch.manual_seed(seed),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "stream": lambda stream: contextlib.nullcontext(),
         "Stream": _NoStream,
-        "Event": _NoStream,
+        "Event": type("_NoEvent", (_NoStream,), {}),
+        "current_device": always(CPU),
+        "current_stream": always(_NoStream()),
+        "default_stream": always(_NoStream()),
     }
-    replacements |= dict.fromkeys(("current_stream", "default_stream"), lambda *args, **kwargs: _NoStream())
-    replacements |= dict.fromkeys(("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"), nothing)
-    replacements |= dict.fromkeys(
-        ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), no_bytes
-    )
+    for name in ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"):
+        replacements[name] = always(None)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
+        replacements[name] = always(0)
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
 

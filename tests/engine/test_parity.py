@@ -6,6 +6,7 @@ Tolerances are of the largest entry of a tensor: float32 sums in another order.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -84,6 +85,7 @@ def launch() -> Iterator[Callable[..., None]]:
     def run(world_size: int, function: Callable[..., None], *args: Any) -> None:
         if world_size == 1:
             function(*args)
+            gc.collect()
         else:
             pools.setdefault(world_size, RankPool(world_size)).run(function, *args)
 
