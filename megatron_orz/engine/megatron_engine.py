@@ -55,11 +55,12 @@ class MegatronEngine(ABC, Generic[Output]):
         self.architecture: Architecture = read_architecture(config.path)
         self.architecture.check_layout(mesh.config)
         self.loss_mean: LossMean = loss_mean
+        self._has_value_head = value_head is not None
         with platform.megatron_calls():
             self.chunks = build_model(
                 self.architecture, mesh, dtype=config.dtype, recompute=config.recompute, value_head=value_head
             )
-            weights.load_hf(self.chunks, config.path, self.architecture, mesh)
+            weights.load_hf(self.chunks, config.path, self.architecture, mesh, value_head=self._has_value_head)
             self._replicas = replicate(self.chunks, mesh.config, config.optimizer)
             self._optimizer = Optimizer(self._replicas, config.optimizer, self.name)
         self._offload = Offload(mesh.device)
@@ -120,7 +121,7 @@ class MegatronEngine(ABC, Generic[Output]):
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
         self._check_loaded()
         gather_parameters(self._replicas)
-        return weights.hf_weights(self.chunks, self.architecture, self.mesh)
+        return weights.hf_weights(self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
 
     def offload(self) -> Metrics:
         """Hands the device memory of parameters, gradients and optimizer states back, until `reload`.

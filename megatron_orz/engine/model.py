@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -78,11 +79,10 @@ def _build_chunk(
 ) -> HeadlessGPTModel:
     is_last = mesh.is_last_stage and index == mesh.config.vpp - 1
     vp_stage = index if mesh.config.vpp > 1 else None
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    num_layers = get_num_layers_to_build(config, vp_stage)
-    block = TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    layers = layers_of_chunks(architecture.num_layers, mesh.config)[index * mesh.pp + mesh.pp_rank]
+    block = TransformerBlockSubmodules(
+        layer_specs=[_layer_spec(architecture, layer) for layer in layers], layer_norm=RMSNorm
+    )
     gpt = HeadlessGPTModel(
         config=config,
         transformer_layer_spec=block,
@@ -92,14 +92,38 @@ def _build_chunk(
         post_process=is_last,
         share_embeddings_and_output_weights=architecture.tied_embeddings and value_head is None,
         position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
         vp_stage=vp_stage,
     )
+    gpt.rotary_pos_emb.inv_freq = architecture.rope.frequencies()
     # The angles are gathered by position: a context-parallel rank takes its own from the whole table.
     gpt.rotary_pos_emb.cp_group = None
     if value_head is not None and is_last:
         gpt.output_layer = value_head.to(config.params_dtype)
+    for name, parameter in gpt.named_parameters():
+        if ".local_experts." in name:
+            # Summed over the ranks that hold the same experts. megatron-core says so only where ep > 1: elsewhere
+            # tensor-parallel ranks, each with its own tokens, would miss each other's part in silence.
+            setattr(parameter, "allreduce", False)  # noqa: B010
     return gpt.to(mesh.device)
+
+
+def _layer_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+    experts = architecture.experts
+    is_dense = experts is None or layer in experts.dense_layers
+    spec = get_gpt_layer_local_spec(
+        num_experts=None if experts is None or is_dense else experts.num_experts,
+        qk_layernorm=architecture.qk_norm,
+        normalization="RMSNorm",
+    )
+    parts, attention = spec.submodules, spec.submodules.self_attention.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    if architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if not is_dense:
+        # In checkpoints a norm goes by the name it has where it is fused with the layer that follows; this one is not.
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return spec
 
 
 def _transformer_config(
@@ -123,6 +147,7 @@ def _transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp,
@@ -134,6 +159,7 @@ def _transformer_config(
         # Packs differ in length; megatron-core accepts that only beside this dispatcher, dense models included.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_expert_options(architecture, mesh),
         # Gradients are sums of weighted token losses: nothing divides them by micro-batches or ranks.
         calculate_per_token_loss=True,
         # The weights are loaded, never drawn.
@@ -149,6 +175,24 @@ def _transformer_config(
         **recompute_options[recompute],
         **_pipeline_options(architecture.num_layers, mesh),
     )
+
+
+def _expert_options(architecture: Architecture, mesh: Mesh) -> dict[str, Any]:
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.experts_per_token,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_layer_freq": [int(layer not in experts.dense_layers) for layer in range(architecture.num_layers)],
+        # Softmax over all experts and then the best, or over the best alone: the same as scaling these to sum to 1.
+        "moe_router_pre_softmax": not experts.renormalise,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": mesh.config.ep,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def _pipeline_options(num_layers: int, mesh: Mesh) -> dict[str, Any]:

@@ -69,6 +69,11 @@ def megatron_calls() -> contextlib.AbstractContextManager[object]:
 
 def install() -> None:
     """Gives the `torch.cuda` accessors that megatron-core calls an answer on the CPU."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    # megatron-core 0.16 asks for this function where TransformerEngine, which brings it, is absent.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
     if torch.cuda.is_available() or torch.cuda.Stream is _NoStream:
         return
 
@@ -101,3 +106,14 @@ def install() -> None:
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     logging.getLogger(megatron_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in str(record.msg))
+
+    # megatron-core compiles a few small functions, of the router for one; on the CPU that only costs time.
+    torch.compiler.set_stance("force_eager")
+
+    # The split sizes of an all-to-all have to be lists; megatron-core makes lists of CUDA tensors alone.
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_list(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_list
