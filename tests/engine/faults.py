@@ -129,8 +129,8 @@ def swapped_tp_slices() -> Mend:
     """The two tensor-parallel ranks load each other's shards."""
 
     def swap(original: Any) -> Any:
-        return lambda chunks, path, architecture, mesh: original(
-            chunks, path, architecture, replace(mesh, tp_rank=1 - mesh.tp_rank)
+        return lambda chunks, path, architecture, mesh, **kwargs: original(
+            chunks, path, architecture, replace(mesh, tp_rank=1 - mesh.tp_rank), **kwargs
         )
 
     return _swap(weights, "load_hf", swap)

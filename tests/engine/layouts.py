@@ -140,7 +140,8 @@ def run_layout(
                 results[f"{engine.name}_gradients"] = gradients
             results["weights_after"] = copy_of(policy.hf_weights())
             results["log_probs_after"], results["values_after"] = policy.infer(packs), critic.infer(packs)
-            results["critic_after"] = whole_tensors(critic, lambda parameter: parameter.detach())
+            for engine in (policy, critic):
+                results[f"{engine.name}_after"] = whole_tensors(engine, lambda parameter: parameter.detach())
             if mesh.rank == 0:
                 torch.save(results, output)
     finally:
@@ -181,14 +182,18 @@ def _complete_gradients(group: Any) -> None:
 
 
 def whole_tensors(engine: Any, pick: Callable[[Any], Tensor]) -> dict[str, Tensor]:
-    """What `pick` finds on the parameters of all tensor- and pipeline-parallel ranks, under Megatron's names."""
+    """What `pick` finds on the parameters of all ranks, joined, under the names of an undivided model.
+
+    Ranks that hold the same parameter must agree to the last bit: where they do not, the result is infinite.
+    """
     from megatron_orz.engine.weights import global_parameters
 
     mesh = engine.mesh
     mine = {}
     for name, parameter in global_parameters(engine.chunks).items():
         value = pick(parameter).clone()
-        if mesh.tp > 1 and getattr(parameter, "tensor_model_parallel", False):
+        is_cut = getattr(parameter, "tensor_model_parallel", False) and "local_experts" not in name
+        if mesh.tp > 1 and is_cut:
             shards = [torch.empty_like(value) for _ in range(mesh.tp)]
             dist.all_gather(shards, value.contiguous(), group=mesh.tp_group)
             if "linear_fc1" in name:
@@ -197,12 +202,11 @@ def whole_tensors(engine: Any, pick: Callable[[Any], Tensor]) -> dict[str, Tenso
             else:
                 value = torch.cat(shards, dim=parameter.partition_dim)
         mine[name] = value.cpu()
-    stages: list[Any] = [None] * mesh.pp
-    dist.all_gather_object(stages, mine, group=mesh.pp_group)
+    ranks: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(ranks, mine)
     merged: dict[str, Tensor] = {}
-    for stage in stages:
-        for name, value in stage.items():
-            if name in merged:  # a tied embedding lies on two stages
-                assert torch.equal(merged[name], value), name
-            merged[name] = value
+    for tensors in ranks:
+        for name, value in tensors.items():
+            if not torch.equal(merged.setdefault(name, value), value):
+                merged[name] = torch.full_like(value, torch.inf)
     return merged

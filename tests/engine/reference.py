@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -41,7 +42,7 @@ class Reference:
         head = torch.empty(1, hidden).normal_(std=(1 / (hidden + 1)) ** 0.5, generator=generator)
         self.value_head = torch.nn.Parameter(head)
         self.before = self._outputs()
-        self.weights_before = {name: p.detach().clone() for name, p in self.policy.named_parameters()}
+        self.weights_before = load_file(path / "model.safetensors")
 
     @cached_property
     def after(self) -> tuple[dict[str, list[Tensor]], dict[str, Any]]:
@@ -158,12 +159,33 @@ def megatron_tensors(hf: dict[str, Tensor], *, num_kv_heads: int) -> dict[str, T
                 qkv = [hf[f"{source}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
                 by_head = [x.reshape(num_kv_heads, -1, *x.shape[1:]) for x in qkv]
                 joined[f"{target}.self_attention.linear_qkv.{kind}"] = torch.cat(by_head, dim=1).flatten(0, 1)
-        gate, up = hf[f"{source}.mlp.gate_proj.weight"], hf[f"{source}.mlp.up_proj.weight"]
         joined |= {
             f"{target}.input_layernorm.weight": hf[f"{source}.input_layernorm.weight"],
             f"{target}.self_attention.linear_proj.weight": hf[f"{source}.self_attn.o_proj.weight"],
             f"{target}.pre_mlp_layernorm.weight": hf[f"{source}.post_attention_layernorm.weight"],
-            f"{target}.mlp.linear_fc1.weight": torch.cat([gate, up]),
-            f"{target}.mlp.linear_fc2.weight": hf[f"{source}.mlp.down_proj.weight"],
         }
+        for norm in ("q", "k"):
+            if f"{source}.self_attn.{norm}_norm.weight" in hf:
+                joined[f"{target}.self_attention.{norm}_layernorm.weight"] = hf[
+                    f"{source}.self_attn.{norm}_norm.weight"
+                ]
+        joined |= _experts(hf, source, target) if f"{source}.mlp.gate.weight" in hf else _mlp(hf, source, target)
+    return joined
+
+
+def _mlp(hf: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    gate, up = hf[f"{source}.mlp.gate_proj.weight"], hf[f"{source}.mlp.up_proj.weight"]
+    return {
+        f"{target}.mlp.linear_fc1.weight": torch.cat([gate, up]),
+        f"{target}.mlp.linear_fc2.weight": hf[f"{source}.mlp.down_proj.weight"],
+    }
+
+
+def _experts(hf: dict[str, Tensor], source: str, target: str) -> dict[str, Tensor]:
+    """transformers keeps the experts of a layer in one tensor: [experts, 2 * ffn, H] and [experts, H, ffn]."""
+    joined = {f"{target}.mlp.router.weight": hf[f"{source}.mlp.gate.weight"]}
+    names = {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}
+    for megatron_name, hf_name in names.items():
+        for expert, weight in enumerate(hf[f"{source}.mlp.experts.{hf_name}"]):
+            joined[f"{target}.mlp.experts.local_experts.{expert}.{megatron_name}.weight"] = weight
     return joined
