@@ -50,12 +50,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """Options of each kind of model, besides its sizes."""
 
 
-def config_of(family: str, *, tied: bool = False, vocab_size: int = VOCAB_SIZE) -> PretrainedConfig:
+def config_of(
+    family: str, *, tied: bool = False, vocab_size: int = VOCAB_SIZE, num_layers: int = 4
+) -> PretrainedConfig:
     sizes = {
         "vocab_size": vocab_size,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 4,
+        "num_hidden_layers": num_layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
@@ -65,11 +67,11 @@ def config_of(family: str, *, tied: bool = False, vocab_size: int = VOCAB_SIZE) 
 
 
 def save_model(
-    path: Path, *, family: str = "qwen2", tied: bool = False, vocab_size: int = VOCAB_SIZE
+    path: Path, *, family: str = "qwen2", tied: bool = False, vocab_size: int = VOCAB_SIZE, num_layers: int = 4
 ) -> PreTrainedModel:
     """A random model whose every parameter, biases and norms included, matters."""
     torch.manual_seed(7)
-    config = config_of(family, tied=tied, vocab_size=vocab_size)
+    config = config_of(family, tied=tied, vocab_size=vocab_size, num_layers=num_layers)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
