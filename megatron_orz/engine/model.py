@@ -12,7 +12,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -80,8 +84,14 @@ def _build_chunk(
     is_last = mesh.is_last_stage and index == mesh.config.vpp - 1
     vp_stage = index if mesh.config.vpp > 1 else None
     layers = layers_of_chunks(architecture.num_layers, mesh.config)[index * mesh.pp + mesh.pp_rank]
+    if uses_transformer_engine(mesh):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer_spec, norm = _transformer_engine_spec, TENorm
+    else:
+        layer_spec, norm = _local_spec, RMSNorm
     block = TransformerBlockSubmodules(
-        layer_specs=[_layer_spec(architecture, layer) for layer in layers], layer_norm=RMSNorm
+        layer_specs=[layer_spec(architecture, layer) for layer in layers], layer_norm=norm
     )
     gpt = HeadlessGPTModel(
         config=config,
@@ -107,22 +117,37 @@ def _build_chunk(
     return gpt.to(mesh.device)
 
 
-def _layer_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+def uses_transformer_engine(mesh: Mesh) -> bool:
+    """Layers are TransformerEngine's wherever it is installed beside CUDA."""
+    return bool(HAVE_TE) and mesh.device.type == "cuda"
+
+
+def _num_experts(architecture: Architecture, layer: int) -> int | None:
+    """None where the layer has a plain MLP."""
     experts = architecture.experts
-    is_dense = experts is None or layer in experts.dense_layers
-    spec = get_gpt_layer_local_spec(
-        num_experts=None if experts is None or is_dense else experts.num_experts,
-        qk_layernorm=architecture.qk_norm,
-        normalization="RMSNorm",
-    )
+    return None if experts is None or layer in experts.dense_layers else experts.num_experts
+
+
+def _local_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+    num_experts = _num_experts(architecture, layer)
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
     parts, attention = spec.submodules, spec.submodules.self_attention.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedAttention
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if not is_dense:
+    if num_experts is not None:
         # In checkpoints a norm goes by the name it has where it is fused with the layer that follows; this one is not.
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return spec
+
+
+def _transformer_engine_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+    """Norms fused with the projections after them; attention stays ours, which knows packs and context slices."""
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=_num_experts(architecture, layer), qk_layernorm=architecture.qk_norm
+    )
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
     return spec
 
 
@@ -166,7 +191,7 @@ def _transformer_config(
         perform_initialization=False,
         use_cpu_initialization=True,
         # Fused kernels that need apex or TransformerEngine, or that only CUDA has.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=uses_transformer_engine(mesh),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

@@ -133,5 +133,11 @@ def global_parameters(chunks: Sequence[HeadlessGPTModel]) -> dict[str, torch.nn.
             if "local_experts" in parts:
                 index = parts.index("local_experts") + 1
                 parts[index] = str(layer.mlp.local_expert_indices[int(parts[index])])
-            parameters[".".join(parts)] = parameter
+            parameters[_unfused(".".join(parts))] = parameter
     return parameters
+
+
+def _unfused(name: str) -> str:
+    """TransformerEngine keeps a norm in the projection after it; the table names it as a layer of its own."""
+    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")

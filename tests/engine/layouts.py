@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_orz.config import CriticConfig, ModelConfig, OptimizerConfig, ParallelConfig, Recompute
+from megatron_orz.config import CriticConfig, DType, ModelConfig, OptimizerConfig, ParallelConfig, Recompute
 from megatron_orz.types import Experience, LossMean, LossOutput, NamedWeights, PolicyOutput
 from tests.engine import tiny
 
@@ -47,6 +47,7 @@ class Layout:
     family: str = "qwen2"
     tied: bool = False
     loss_mean: LossMean = "token"
+    dtype: DType = "float32"
 
     def __str__(self) -> str:
         changed = {
@@ -75,8 +76,8 @@ class Layout:
         )
 
     @property
-    def model(self) -> tuple[str, bool]:
-        return self.family, self.tied
+    def model(self) -> tuple[str, bool, DType]:
+        return self.family, self.tied, self.dtype
 
 
 def policy_loss(output: PolicyOutput, experience: Experience) -> LossOutput:
@@ -108,9 +109,7 @@ def order_on_rank_0(layout: Layout) -> list[int]:
     return [sequence for i in range(layout.num_packs) for sequence in mine[i :: layout.num_packs]]
 
 
-def run_layout(
-    layout: Layout, path: Path, output: Path, plant: Callable[[], Any] | None = None, device: str = "cpu"
-) -> None:
+def run_layout(layout: Layout, path: Path, output: Path, plant: Callable[[], Any] | None = None) -> None:
     """What one rank does: inference, advantages, updates, inference and export; rank 0 writes the results.
 
     plant: breaks something in this process, and returns how to mend it.
@@ -124,9 +123,13 @@ def run_layout(
     mend = plant() if plant else lambda: None
     try:
         with open_mesh(layout.parallel, seed=0) as mesh:
-            assert mesh.device.type == device
             packs = packs_of_rank(sequences, layout, mesh.dp_rank)
-            common: dict[str, Any] = {"path": path, "optimizer": optimizer, "recompute": layout.recompute}
+            common: dict[str, Any] = {
+                "path": path,
+                "optimizer": optimizer,
+                "recompute": layout.recompute,
+                "dtype": layout.dtype,
+            }
             policy = PolicyEngine(ModelConfig(**common), mesh, loss_mean=layout.loss_mean, temperature=TEMPERATURE)
             critic = CriticEngine(CriticConfig(**common), mesh, loss_mean=layout.loss_mean, seed=VALUE_HEAD_SEED)
             results: dict[str, Any] = {"weights_before": copy_of(policy.hf_weights())}
@@ -149,7 +152,7 @@ def run_layout(
 
 
 def copy_of(weights: NamedWeights) -> dict[str, Tensor]:
-    return {name: weight.clone().cpu() for name, weight in weights}
+    return {name: weight.cpu().float().clone() for name, weight in weights}
 
 
 def keep_first_gradients(engine: Any) -> dict[str, Tensor]:
@@ -201,7 +204,7 @@ def whole_tensors(engine: Any, pick: Callable[[Any], Tensor]) -> dict[str, Tenso
                 value = torch.cat([gate for gate, _ in halves] + [up for _, up in halves])
             else:
                 value = torch.cat(shards, dim=parameter.partition_dim)
-        mine[name] = value.cpu()
+        mine[name] = value.cpu().float()
     ranks: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(ranks, mine)
     merged: dict[str, Tensor] = {}

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_orz.config import DType, ModelConfig, OptimizerConfig
 from tests.engine import faults, tiny
-from tests.engine.layouts import Layout, order_on_rank_0, packs_of_rank, run_layout
+from tests.engine.layouts import NUM_SEQUENCES, Layout, order_on_rank_0, packs_of_rank, policy_loss, run_layout
 from tests.engine.reference import Reference, megatron_tensors
 from tests.launch import RankPool
 
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
+# A bfloat16 model against the float32 reference from the same (rounded) weights: 8 bits of every activation.
+BF16_TOLERANCE = 5e-2
 
 MAIN = [
     Layout(),
@@ -44,6 +47,8 @@ MAIN = [
     Layout(dp=2, distributed=False, overlap=True, tied=True),
     Layout(dp=2, ep=2, family="qwen3_moe"),
     Layout(tp=2, sp=True, ep=2, family="mixtral"),
+    Layout(dtype="bfloat16"),
+    Layout(tp=2, sp=True, dtype="bfloat16", overlap=True),
 ]
 
 MORE = [
@@ -113,11 +118,13 @@ def launch() -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool, DType], Path]:
     @lru_cache
-    def saved(family: str, tied: bool) -> Path:
+    def saved(family: str, tied: bool, dtype: DType) -> Path:
         path = tmp_path_factory.mktemp(family)
-        tiny.save_model(path, family=family, tied=tied)
+        model = tiny.save_model(path, family=family, tied=tied)
+        if dtype == "bfloat16":  # weights that it can represent
+            model.bfloat16().float().save_pretrained(path)
         return path
 
     return saved
@@ -131,7 +138,8 @@ def reference(path: Path, loss_mean: Any, num_packs: int) -> Reference:
 class Comparison:
     """The largest relative errors of a layout, by what was compared."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: DType) -> None:
+        self.dtype = dtype
         self.worst: dict[str, tuple[float, str]] = {}
 
     def add(self, what: str, actual: Tensor, expected: Tensor, name: str = "") -> None:
@@ -141,8 +149,9 @@ class Comparison:
         error = float((actual - expected).abs().max()) / scale
         self.worst[what] = max(self.worst.get(what, (0.0, "")), (error, name))
 
-    @staticmethod
-    def tolerance(what: str) -> float:
+    def tolerance(self, what: str) -> float:
+        if self.dtype == "bfloat16":
+            return BF16_TOLERANCE
         return GRADIENT_TOLERANCE if "gradient" in what else TOLERANCE
 
     def check(self) -> None:
@@ -152,7 +161,7 @@ class Comparison:
 
 def compare(layout: Layout, results: dict[str, Any], path: Path) -> Comparison:
     """Holds what rank 0 saved against the reference. Raises AssertionError where shapes or names differ."""
-    comparison = Comparison()
+    comparison = Comparison(layout.dtype)
     # Only the mean over packs depends on which sequences share one.
     expected = reference(path, layout.loss_mean, layout.num_packs if layout.loss_mean == "pack" else 0)
     order = order_on_rank_0(layout)
@@ -218,6 +227,42 @@ def test_more_layouts_equal_one_hugging_face_model(layout: Layout, launch: Any, 
 def test_many_small_buckets_change_nothing(recompute: Any, launch: Any, models: Any, tmp_path: Path) -> None:
     layout = Layout(dp=2, overlap=True, recompute=recompute)
     run_and_compare(layout, launch, models(*layout.model), tmp_path, faults.small_buckets).check()
+
+
+def test_bfloat16_updates_accumulate_in_float32(models: Any) -> None:
+    """Each update is a tenth of the step between two bfloat16 numbers; sixty of them are several such steps."""
+    from megatron_orz.engine.megatron_engine import PolicyEngine
+    from megatron_orz.engine.parallel import open_mesh
+
+    packs = packs_of_rank(tiny.random_sequences(NUM_SEQUENCES), Layout(), dp_rank=0)
+    optimizer = OptimizerConfig(lr=2e-5, eps=1e-8, beta1=0.0, beta2=0.0)  # the sign of the gradient, times the rate
+    path = models("qwen2", False, "bfloat16")
+    with open_mesh(Layout().parallel, seed=0) as mesh:
+        policy = PolicyEngine(ModelConfig(path=path, optimizer=optimizer, dtype="bfloat16"), mesh)
+
+        def weight() -> Tensor:
+            return dict(policy.hf_weights())["model.layers.0.mlp.up_proj.weight"].float().clone()
+
+        before = weight()
+        policy.step(packs, policy_loss)
+        after_one = (weight() - before).abs().mean()
+        for _ in range(59):
+            policy.step(packs, policy_loss)
+        after_sixty = (weight() - before).abs().mean()
+    assert after_one < 2e-5
+    assert after_sixty > 20 * 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", MAIN[:-2] + MORE, ids=str)
+def test_layouts_under_nccl_equal_one_hugging_face_model(
+    layout: Layout, dtype: DType, launch: Any, models: Any, tmp_path: Path
+) -> None:
+    if layout.world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {layout.world_size} GPUs")
+    layout = replace(layout, dtype=dtype)
+    run_and_compare(layout, launch, models(*layout.model), tmp_path).check()
 
 
 @pytest.mark.parametrize(
