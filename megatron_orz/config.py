@@ -17,6 +17,7 @@ from megatron_orz.types import LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 FleetKind: TypeAlias = Literal["vllm", "local"]
+Recompute: TypeAlias = Literal["none", "selective", "full"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
 
@@ -60,8 +61,8 @@ class ModelConfig:
     optimizer: OptimizerConfig
     dtype: DType = "float32"
     """Type of the weights in the forward pass; the optimizer keeps float32 copies of bfloat16 weights."""
-    recompute: bool = False
-    """Recompute each layer's activations in the backward pass instead of keeping them."""
+    recompute: Recompute = "none"
+    """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,19 +75,43 @@ class CriticConfig(ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """The grid of ranks; what is left of the world size after tp and pp is data parallel."""
+    """The grid of ranks; what is left of the world size after tp, pp and cp is data parallel."""
 
     tp: int = 1
     """Tensor-parallel size: heads, MLP columns and the vocabulary are split."""
     pp: int = 1
-    """Pipeline-parallel size: layers are split."""
+    """Pipeline-parallel size: layers are split into stages."""
+    vpp: int = 1
+    """Model chunks of each pipeline stage: more of them leave a stage idle for less time (interleaved schedule)."""
+    chunk_layers: tuple[int, ...] = ()
+    """Layers of each of the pp * vpp chunks, in the order of the layers; empty splits them as evenly as possible."""
+    cp: int = 1
+    """Context-parallel size: each sequence of a pack is split."""
+    ep: int = 1
+    """Expert-parallel size: the experts are split over this many of the ranks that hold the same layers."""
     sequence_parallel: bool = False
     """Split the token dimension between tensor-parallel regions over the tp ranks."""
+    overlap: bool = False
+    """Reduce gradients during the backward pass, and gather updated parameters during the next forward pass."""
     timeout_s: float = 600.0
     """Deadline of every collective between trainer ranks."""
 
     def __post_init__(self) -> None:
-        _require(self.tp >= 1 and self.pp >= 1, f"parallel.tp {self.tp} and parallel.pp {self.pp} must be at least 1")
+        for name in ("tp", "pp", "vpp", "cp", "ep"):
+            _require(getattr(self, name) >= 1, f"parallel.{name} {getattr(self, name)} is not at least 1")
+        _require(
+            self.pp > 1 or self.vpp == 1,
+            f"parallel.vpp {self.vpp} interleaves the chunks of pipeline stages: it needs parallel.pp > 1",
+        )
+        _require(
+            not self.chunk_layers or len(self.chunk_layers) == self.pp * self.vpp,
+            f"parallel.chunk_layers has {len(self.chunk_layers)} entries, but pp*vpp = {self.pp}*{self.vpp} chunks "
+            "need one each",
+        )
+        _require(
+            all(count >= 1 for count in self.chunk_layers),
+            f"parallel.chunk_layers {self.chunk_layers} leaves a chunk without a layer; give every chunk at least one",
+        )
         _require(
             self.tp > 1 or not self.sequence_parallel,
             "parallel.sequence_parallel splits tokens over tensor-parallel ranks: it needs parallel.tp > 1",
@@ -98,11 +123,16 @@ class ParallelConfig:
         return self.tp if self.sequence_parallel else 1
 
     def check_world_size(self, world_size: int) -> None:
-        """Raises ValueError when `world_size` ranks cannot be laid out as tp x pp x dp."""
+        """Raises ValueError when `world_size` ranks cannot be laid out as tp x pp x cp x dp."""
         _require(
-            world_size % (self.tp * self.pp) == 0,
-            f"world size {world_size} is not a multiple of tp*pp = {self.tp}*{self.pp}; "
-            "set parallel.tp and parallel.pp, or start another number of ranks (torchrun --nproc-per-node)",
+            world_size % (self.tp * self.pp * self.cp) == 0,
+            f"world size {world_size} is not a multiple of tp*pp*cp = {self.tp}*{self.pp}*{self.cp}; "
+            "change these, or start another number of ranks (torchrun --nproc-per-node)",
+        )
+        _require(
+            world_size // self.pp % self.ep == 0,
+            f"parallel.ep {self.ep} does not divide the {world_size // self.pp} ranks of a pipeline stage "
+            f"(world size {world_size} / pp {self.pp}); choose an ep that does",
         )
 
 

@@ -1,8 +1,12 @@
-"""Packed causal attention for megatron-core without TransformerEngine.
+"""Packed causal attention for megatron-core.
 
 A pack is handed to megatron-core as one long sequence (`sbhd` with a batch of one) whose rotary angles are
 already gathered by position, so that its own code never loops over sequences. This module alone knows where
 they begin and end.
+
+    on                  one rank a sequence                     context parallel (keys and values are gathered)
+    CUDA, 16 bit        variable-length flash attention         the same, a chunk of a sequence against its keys
+    elsewhere           dense calls on padded groups            a dense call for each chunk
 """
 
 from __future__ import annotations
@@ -16,11 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+from megatron_orz.engine.context import ContextSlice
 
 PADDING_SHARE = 0.15
 """Most of a group's positions that may be padding before another group is opened."""
@@ -45,15 +52,33 @@ class PaddedGroups:
 class PackLayout(PackedSeqParams):
     """Where the sequences of a pack lie, computed once a pack and used by every layer.
 
-    groups: None where a variable-length kernel reads `cu_seqlens_q` itself.
+    groups: None where a variable-length kernel reads `cu_seqlens_q` itself, and under context parallelism.
+    context: None without context parallelism; with it, queries are chunks of sequences.
     """
 
     groups: PaddedGroups | None = None
+    context: ContextSlice | None = None
 
 
-def pack_layout(cu_seqlens: Tensor, max_seqlen: int, *, dtype: torch.dtype) -> PackLayout:
+def pack_layout(
+    cu_seqlens: Tensor, max_seqlen: int, *, dtype: torch.dtype, context: ContextSlice | None = None
+) -> PackLayout:
     """Describes a pack to the attention below. cu_seqlens: [B + 1] int32; dtype: that of the activations."""
-    has_kernel = cu_seqlens.is_cuda and dtype in (torch.bfloat16, torch.float16)
+    if context is not None:
+        query_boundaries, key_boundaries = (
+            torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32, device=cu_seqlens.device)
+            for sizes in (context.query_lengths, context.key_lengths)
+        )
+        return PackLayout(
+            qkv_format="sbhd",
+            cu_seqlens_q=query_boundaries,
+            cu_seqlens_kv=key_boundaries,
+            max_seqlen_q=max(context.query_lengths),
+            # megatron-core makes rotary angles for as many positions.
+            max_seqlen_kv=max(max_seqlen, *context.key_lengths),
+            context=context,
+        )
+    has_kernel = _has_kernel(cu_seqlens.is_cuda, dtype)
     return PackLayout(
         qkv_format="sbhd",
         cu_seqlens_q=cu_seqlens,
@@ -62,6 +87,10 @@ def pack_layout(cu_seqlens: Tensor, max_seqlen: int, *, dtype: torch.dtype) -> P
         max_seqlen_kv=max_seqlen,
         groups=None if has_kernel else _group_by_length(cu_seqlens),
     )
+
+
+def _has_kernel(is_cuda: bool, dtype: torch.dtype) -> bool:
+    return is_cuda and dtype in (torch.bfloat16, torch.float16)
 
 
 def _group_by_length(cu_seqlens: Tensor) -> PaddedGroups:
@@ -146,10 +175,16 @@ class PackedAttention(MegatronModule):
         assert attention_mask is None
         assert attention_bias is None
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        if packed_seq_params.groups is None:
-            out = _varlen_attention(q, k, v, packed_seq_params, self.scale)
+        layout = packed_seq_params
+        if layout.context is not None:
+            k, v = _visible_keys(k, v, layout.context)
+        if _has_kernel(q.is_cuda, q.dtype):
+            out = _varlen_attention(q, k, v, layout, self.scale)
+        elif layout.context is not None:
+            out = _chunked_attention(q, k, v, layout.context, self.scale)
         else:
-            out = _padded_attention(q, k, v, packed_seq_params.groups, self.scale)
+            assert layout.groups is not None
+            out = _padded_attention(q, k, v, layout.groups, self.scale)
         return out.reshape(out.shape[0], 1, -1)
 
 
@@ -167,6 +202,28 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, groups: PaddedGroups, sca
     return torch.cat(outputs).index_select(0, groups.destination)
 
 
+def _visible_keys(k: Tensor, v: Tensor, context: ContextSlice) -> tuple[Tensor, Tensor]:
+    """[t, kv_heads, d] of every rank -> for each of this rank's chunks in turn, the keys and values it sees."""
+    gathered = gather_from_sequence_parallel_region(torch.stack([k, v], dim=1), group=context.group)
+    k, v = gathered.index_select(0, context.keys).unbind(1)
+    return k, v
+
+
+def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: ContextSlice, scale: float) -> Tensor:
+    """One dense call for each chunk; its last query sees all of its keys."""
+    split_keys = (x.split(context.key_lengths) for x in (k, v))
+    outputs = []
+    for chunk in zip(q.split(context.query_lengths), *split_keys, strict=True):
+        queries, keys, values = (x.transpose(0, 1)[None] for x in chunk)
+        num_queries, num_keys = queries.shape[2], keys.shape[2]
+        is_visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(num_keys - num_queries)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=is_visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
 def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float) -> Tensor:
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in inspect.signature(varlen_attn).parameters:
@@ -174,8 +231,15 @@ def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale
     else:  # torch before 2.13
         options |= {"is_causal": True}
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    cu_seqlens, longest = layout.cu_seqlens_q, layout.max_seqlen_q
     out: Tensor = varlen_attn(  # type: ignore[assignment]
-        q.contiguous(), k.contiguous(), v.contiguous(), cu_seqlens, cu_seqlens, longest, longest, **options
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        layout.cu_seqlens_q,
+        layout.cu_seqlens_kv,
+        layout.max_seqlen_q,
+        layout.max_seqlen_kv,
+        # Where there are fewer queries than keys, the kernel aligns them at the end: the last query sees every key.
+        **options,
     )
     return out

@@ -9,15 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
@@ -26,10 +22,12 @@ from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, token_
 from megatron_orz.config import CriticConfig, ModelConfig
 from megatron_orz.engine import platform, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.attention import pack_layout
-from megatron_orz.engine.model import ValueHead, build_model
+from megatron_orz.engine.micro_batches import MicroBatch, micro_batches
+from megatron_orz.engine.model import HeadlessGPTModel, ValueHead, build_model
+from megatron_orz.engine.offload import Offload
 from megatron_orz.engine.optimizer import Optimizer
 from megatron_orz.engine.parallel import Mesh
+from megatron_orz.engine.replicas import finish_gather, gather_parameters, gradient_buffers, replicate
 from megatron_orz.ops.log_prob import linear_log_prob
 from megatron_orz.ops.token_loss import linear_token_loss
 from megatron_orz.ops.value_loss import linear_value_loss
@@ -59,22 +57,20 @@ class MegatronEngine(ABC, Generic[Output]):
         self.architecture: Architecture = read_architecture(config.path)
         self.architecture.check_layout(mesh.config)
         self.loss_mean: LossMean = loss_mean
+        self._has_value_head = value_head is not None
         with platform.megatron_calls():
-            self.model = build_model(
+            self.chunks = build_model(
                 self.architecture, mesh, dtype=config.dtype, recompute=config.recompute, value_head=value_head
             )
-            weights.load_hf(self.model, config.path, self.architecture, mesh)
-            self._ddp = DistributedDataParallel(
-                self.model.config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    overlap_grad_reduce=False,
-                    use_distributed_optimizer=config.optimizer.distributed,
-                ),
-                self.model,
-            )
-            self._optimizer = Optimizer(self._ddp, config.optimizer, self.name)
-        self.model.config.finalize_model_grads_func = _sum_gradients
+            weights.load_hf(self.chunks, config.path, self.architecture, mesh, value_head=self._has_value_head)
+            self._replicas = replicate(self.chunks, mesh.config, config.optimizer)
+            self._optimizer = Optimizer(self._replicas, config.optimizer, self.name)
+        self._offload = Offload(mesh.device)
+
+    @property
+    def model(self) -> HeadlessGPTModel:
+        """This rank's chunk nearest the output: on the last stage it holds the head."""
+        return self.chunks[-1]
 
     @abstractmethod
     def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
@@ -93,11 +89,12 @@ class MegatronEngine(ABC, Generic[Output]):
     def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
         """A [T] float32 tensor for each batch, on the CPU of every rank."""
 
-        def collect(hidden: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-            inferred = self._infer_tokens(hidden, batch)
-            return inferred.new_zeros(()), inferred
+        def collect(hidden: Tensor, pack: MicroBatch[PackedBatch]) -> tuple[Tensor, Tensor]:
+            inferred = self._infer_tokens(hidden, pack.local)
+            return inferred.new_zeros(()), pack.whole(inferred)
 
-        self._ddp.eval()
+        for replica in self._replicas:
+            replica.eval()
         with torch.no_grad():
             results = self._run(batches, collect, forward_only=True)
         sizes = [batch.tokens.shape[0] for batch in batches]
@@ -112,16 +109,19 @@ class MegatronEngine(ABC, Generic[Output]):
         totals = loss_totals(minibatch)
         dist.all_reduce(totals, group=self.mesh.dp_group)
 
-        def weighted(hidden: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-            total, output = self._weighted_loss(hidden, batch, loss, token_weights(batch, self.loss_mean, totals))
+        def weighted(hidden: Tensor, pack: MicroBatch[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+            batch, weights = pack.local, pack.take(token_weights(pack.batch, self.loss_mean, totals))
+            total, output = self._weighted_loss(hidden, batch, loss, weights)
             index = batch.loss_mask.nonzero().squeeze(1)
             with torch.no_grad():
                 metrics = loss(output, batch.select(index)).metrics
-            mean_weights = token_weights(batch, "token", totals)[index]
+            mean_weights = pack.take(token_weights(pack.batch, "token", totals))[index]
             means = {name: (value * mean_weights).sum() for name, value in metrics.items()}
             return total, {f"{self.name}/loss": total.detach().clone(), **means}
 
-        self._ddp.train()
+        self._check_loaded()
+        for replica in self._replicas:
+            replica.train()
         self._optimizer.zero_grad()
         results = self._run(minibatch, weighted, forward_only=False)
         with platform.megatron_calls():
@@ -130,44 +130,71 @@ class MegatronEngine(ABC, Generic[Output]):
 
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
-        return weights.hf_weights(self.model, self.architecture, self.mesh)
+        self._check_loaded()
+        gather_parameters(self._replicas)
+        return weights.hf_weights(self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
+
+    def offload(self) -> Metrics:
+        """Hands the device memory of parameters, gradients and optimizer states back, until `reload`.
+
+        Their contents wait in (pinned) host memory. Nothing else may be called before `reload`.
+        """
+        gather_parameters(self._replicas)
+        tensors = chain.from_iterable(chain(chunk.parameters(), chunk.buffers()) for chunk in self.chunks)
+        num_bytes = self._offload.release(
+            keep=chain(tensors, self._optimizer.tensors()), drop=gradient_buffers(self._replicas)
+        )
+        return {
+            f"{self.name}/offloaded_gib": num_bytes / 2**30,
+            f"{self.name}/peak_memory_gib": platform.peak_memory_gib(),
+        }
+
+    def reload(self) -> None:
+        """Brings everything back as it was, bit for bit."""
+        self._offload.restore()
 
     def _run(
         self,
         batches: Sequence[Batch],
-        on_hidden: Callable[[Tensor, Batch], tuple[Tensor, Any]],
+        on_hidden: Callable[[Tensor, MicroBatch[Batch]], tuple[Tensor, Any]],
         *,
         forward_only: bool,
     ) -> list[Any]:
         """Runs the pipeline schedule over the batches; the second results of `on_hidden`, on the last stage."""
-        on_device = [batch.to(self.mesh.device) for batch in batches]
-        dtype = self.model.config.params_dtype
-        layouts = [pack_layout(batch.cu_seqlens, batch.max_seqlen, dtype=dtype) for batch in on_device]
+        self._check_loaded()
+        packs = micro_batches(batches, self.mesh, dtype=self.model.config.params_dtype)
 
-        def loss_func(batch: Batch, hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            loss, result = on_hidden(self._whole(hidden), batch)
+        def loss_func(pack: MicroBatch[Batch], hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
+            finish_gather(self._replicas[-1])
+            loss, result = on_hidden(self._whole(hidden), pack)
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), result
 
         def forward_step(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            batch, layout = next(iterator)
+            pack = next(iterator)
             hidden = model(
-                input_ids=batch.tokens[None],
-                position_ids=batch.position_ids[None],
+                input_ids=pack.local.tokens[None],
+                position_ids=pack.local.position_ids[None],
                 attention_mask=None,
-                packed_seq_params=layout,
+                packed_seq_params=pack.layout,
             )
-            return hidden, partial(loss_func, batch)
+            return hidden, partial(loss_func, pack)
 
         with platform.megatron_calls():
-            return get_forward_backward_func()(
+            results = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iter(list(zip(on_device, layouts, strict=True))),
-                model=self._ddp,
-                num_microbatches=len(on_device),
-                seq_length=on_device[0].tokens.shape[0],
+                data_iterator=[iter(packs) for _ in self._replicas],
+                model=self._replicas,
+                num_microbatches=len(packs),
+                seq_length=packs[0].local.tokens.shape[0],
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        return list(results[: len(batches)])
+
+    def _check_loaded(self) -> None:
+        # Reading a storage that is not there would crash the process.
+        if self._offload.is_active:
+            raise RuntimeError(f"the {self.name} is offloaded; call reload() first")
 
     def _whole(self, hidden: Tensor) -> Tensor:
         """The last stage's output [T or T/tp, 1, H] as [T, H] on every tensor-parallel rank.
@@ -179,14 +206,14 @@ class MegatronEngine(ABC, Generic[Output]):
         return hidden.squeeze(1)
 
     def _sum_metrics(self, results: list[dict[str, Tensor]]) -> Metrics:
-        """Sums over micro-batches and data-parallel ranks, known on every rank."""
+        """Sums over micro-batches, data- and context-parallel ranks, known on every rank."""
         names: list[Any] = [sorted(results[0])] if self.mesh.is_last_stage else [None]
         if self.mesh.pp > 1:
             dist.broadcast_object_list(names, group=self.mesh.pp_group, group_src=self.mesh.pp - 1)
         sums = torch.zeros(len(names[0]), device=self.mesh.device)
         for result in results if self.mesh.is_last_stage else []:
             sums += torch.stack([result[name] for name in names[0]])
-        dist.all_reduce(sums, group=self.mesh.dp_group)
+        dist.all_reduce(sums, group=self.mesh.dp_cp_group)
         self.mesh.broadcast_from_last_stage(sums)
         return dict(zip(names[0], sums.tolist(), strict=True))
 
@@ -259,8 +286,3 @@ class CriticEngine(MegatronEngine[Tensor]):
         values = self.model.output_layer(hidden.index_select(0, index))
         total = (loss(values, batch.select(index)).per_token * weights[index]).sum()
         return total, values.detach()
-
-
-def _sum_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **kwargs: Any) -> None:
-    """`finalize_model_grads` without its division by tokens: the loss weights already hold it."""
-    finalize_model_grads(model, None, **kwargs)

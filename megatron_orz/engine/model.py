@@ -12,15 +12,21 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_orz.config import DType, ValueHeadInit
+from megatron_orz.config import DType, Recompute, ValueHeadInit
 from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.attention import PackedAttention
 from megatron_orz.engine.parallel import Mesh
+from megatron_orz.engine.stages import layers_of_chunks
 
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -65,40 +71,94 @@ class HeadlessGPTModel(GPTModel):
 
 
 def build_model(
-    architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: bool, value_head: ValueHead | None
-) -> HeadlessGPTModel:
-    """Builds this rank's layers, without weights: `weights.load_hf` fills them."""
+    architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: Recompute, value_head: ValueHead | None
+) -> list[HeadlessGPTModel]:
+    """Builds this rank's model chunks, without weights: `weights.load_hf` fills them."""
     config = _transformer_config(architecture, mesh, DTYPES[dtype], recompute=recompute)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = PackedAttention
-    block = TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return [_build_chunk(architecture, mesh, config, index, value_head) for index in range(mesh.config.vpp)]
+
+
+def _build_chunk(
+    architecture: Architecture, mesh: Mesh, config: TransformerConfig, index: int, value_head: ValueHead | None
+) -> HeadlessGPTModel:
+    is_last = mesh.is_last_stage and index == mesh.config.vpp - 1
+    vp_stage = index if mesh.config.vpp > 1 else None
+    layers = layers_of_chunks(architecture.num_layers, mesh.config)[index * mesh.pp + mesh.pp_rank]
+    if uses_transformer_engine(mesh):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer_spec, norm = _transformer_engine_spec, TENorm
+    else:
+        layer_spec, norm = _local_spec, RMSNorm
+    block = TransformerBlockSubmodules(
+        layer_specs=[layer_spec(architecture, layer) for layer in layers], layer_norm=norm
+    )
     gpt = HeadlessGPTModel(
         config=config,
         transformer_layer_spec=block,
         vocab_size=architecture.padded_vocab_size(mesh.tp),
         max_sequence_length=architecture.max_position,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
+        pre_process=mesh.is_first_stage and index == 0,
+        post_process=is_last,
         share_embeddings_and_output_weights=architecture.tied_embeddings and value_head is None,
         position_embedding_type="rope",
-        rotary_base=architecture.rope_theta,
+        vp_stage=vp_stage,
     )
-    if value_head is not None and mesh.is_last_stage:
+    gpt.rotary_pos_emb.inv_freq = architecture.rope.frequencies()
+    # The angles are gathered by position: a context-parallel rank takes its own from the whole table.
+    gpt.rotary_pos_emb.cp_group = None
+    if value_head is not None and is_last:
         gpt.output_layer = value_head.to(config.params_dtype)
+    for name, parameter in gpt.named_parameters():
+        if ".local_experts." in name:
+            # Summed over the ranks that hold the same experts. megatron-core says so only where ep > 1: elsewhere
+            # tensor-parallel ranks, each with its own tokens, would miss each other's part in silence.
+            setattr(parameter, "allreduce", False)  # noqa: B010
     return gpt.to(mesh.device)
 
 
+def uses_transformer_engine(mesh: Mesh) -> bool:
+    """Layers are TransformerEngine's wherever it is installed beside CUDA."""
+    return bool(HAVE_TE) and mesh.device.type == "cuda"
+
+
+def _num_experts(architecture: Architecture, layer: int) -> int | None:
+    """None where the layer has a plain MLP."""
+    experts = architecture.experts
+    return None if experts is None or layer in experts.dense_layers else experts.num_experts
+
+
+def _local_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+    num_experts = _num_experts(architecture, layer)
+    spec = get_gpt_layer_local_spec(num_experts=num_experts, qk_layernorm=architecture.qk_norm, normalization="RMSNorm")
+    parts, attention = spec.submodules, spec.submodules.self_attention.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = PackedAttention
+    if architecture.qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if num_experts is not None:
+        # In checkpoints a norm goes by the name it has where it is fused with the layer that follows; this one is not.
+        del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return spec
+
+
+def _transformer_engine_spec(architecture: Architecture, layer: int) -> ModuleSpec:
+    """Norms fused with the projections after them; attention stays ours, which knows packs and context slices."""
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=_num_experts(architecture, layer), qk_layernorm=architecture.qk_norm
+    )
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return spec
+
+
 def _transformer_config(
-    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, *, recompute: bool
+    architecture: Architecture, mesh: Mesh, dtype: torch.dtype, *, recompute: Recompute
 ) -> TransformerConfig:
-    recompute_options: dict[str, Any] = {}
-    if recompute:
-        recompute_options = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
+    recompute_options: dict[Recompute, dict[str, Any]] = {
+        "none": {},
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }
     return TransformerConfig(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -112,10 +172,11 @@ def _transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp,
-        pipeline_model_parallel_size=mesh.pp,
+        context_parallel_size=mesh.cp,
         sequence_parallel=mesh.config.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -123,17 +184,50 @@ def _transformer_config(
         # Packs differ in length; megatron-core accepts that only beside this dispatcher, dense models included.
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
+        **_expert_options(architecture, mesh),
         # Gradients are sums of weighted token losses: nothing divides them by micro-batches or ranks.
         calculate_per_token_loss=True,
         # The weights are loaded, never drawn.
         perform_initialization=False,
         use_cpu_initialization=True,
         # Fused kernels that need apex or TransformerEngine, or that only CUDA has.
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=uses_transformer_engine(mesh),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        **recompute_options,
+        **recompute_options[recompute],
+        **_pipeline_options(architecture.num_layers, mesh),
     )
+
+
+def _expert_options(architecture: Architecture, mesh: Mesh) -> dict[str, Any]:
+    experts = architecture.experts
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.num_experts,
+        "moe_router_topk": experts.experts_per_token,
+        "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_layer_freq": [int(layer not in experts.dense_layers) for layer in range(architecture.num_layers)],
+        # Softmax over all experts and then the best, or over the best alone: the same as scaling these to sum to 1.
+        "moe_router_pre_softmax": not experts.renormalise,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "expert_model_parallel_size": mesh.config.ep,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def _pipeline_options(num_layers: int, mesh: Mesh) -> dict[str, Any]:
+    if mesh.pp == 1:
+        return {}
+    layout = [["decoder"] * len(layers) for layers in layers_of_chunks(num_layers, mesh.config)]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    options: dict[str, Any] = {"pipeline_model_parallel_size": mesh.pp, "pipeline_model_parallel_layout": layout}
+    if mesh.config.vpp > 1:
+        # Batched, the sends of both directions between two stages can be taken for one another (seen with gloo).
+        options |= {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+    return options

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -12,6 +13,7 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_orz.config import OptimizerConfig
 
@@ -24,11 +26,11 @@ logger = logging.getLogger(__name__)
 class Optimizer:
     """One model's optimizer and schedule. Every call is collective over the model's ranks."""
 
-    def __init__(self, model: DistributedDataParallel, config: OptimizerConfig, name: str) -> None:
-        transformer: TransformerConfig = model.config
+    def __init__(self, chunks: Sequence[DistributedDataParallel], config: OptimizerConfig, name: str) -> None:
+        transformer: TransformerConfig = chunks[0].config
         self._config = config
         self._name = name
-        self._model = model
+        self._chunks = chunks
         self._optimizer = get_megatron_optimizer(
             MegatronOptimizerConfig(
                 optimizer="adam",
@@ -41,9 +43,11 @@ class Optimizer:
                 bf16=transformer.bf16,
                 params_dtype=transformer.params_dtype,
                 use_distributed_optimizer=config.distributed,
+                overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             ),
-            [model],
+            list(chunks),
         )
+        self._parts: list[Any] = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         # Besides the warm-up, the scheduler is what makes megatron-core spare biases and norms from weight decay.
         self._schedule = OptimizerParamScheduler(
             self._optimizer,
@@ -66,8 +70,19 @@ class Optimizer:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
-        self._model.zero_grad_buffer()
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The parameters it updates (for bfloat16 models float32 copies) and, after the first step, their moments."""
+        for part in self._parts:
+            if (optimizer := part.optimizer) is None:  # this rank has no share of the parameters
+                continue
+            for group in optimizer.param_groups:
+                yield from group["params"]
+            for state in optimizer.state.values():
+                yield from (value for value in state.values() if isinstance(value, Tensor))
 
     def step(self) -> dict[str, float]:
         """Clips and applies the gradients, unless they are not finite: then the weights stay as they are.
@@ -96,7 +111,6 @@ class Optimizer:
     def _clip(self, grad_norm: float) -> None:
         if self._config.clip_grad == 0:
             return
-        parts: list[Any] = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
-        for part in parts:
+        for part in self._parts:
             if parameters := part.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, grad_norm)

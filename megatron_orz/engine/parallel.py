@@ -17,7 +17,11 @@ from megatron_orz.engine import platform
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This rank's place on the tp x pp x dp grid, and the groups it belongs to."""
+    """This rank's place on the tp x pp x cp x dp grid, and the groups it belongs to.
+
+    Ranks with the same dp_rank work on the same packs; those with the same tp_rank, pp_rank and dp_rank on slices of
+    the same sequences.
+    """
 
     config: ParallelConfig
     device: torch.device
@@ -25,11 +29,15 @@ class Mesh:
     world_size: int
     tp_rank: int
     pp_rank: int
+    cp_rank: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    dp_cp_group: dist.ProcessGroup
+    """Everyone who computes a part of the gradients of this rank's (dense) parameters."""
 
     @property
     def tp(self) -> int:
@@ -38,6 +46,10 @@ class Mesh:
     @property
     def pp(self) -> int:
         return self.config.pp
+
+    @property
+    def cp(self) -> int:
+        return self.config.cp
 
     @property
     def is_first_stage(self) -> bool:
@@ -93,6 +105,11 @@ def open_mesh(config: ParallelConfig, *, seed: int) -> Iterator[Mesh]:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=config.tp,
                 pipeline_model_parallel_size=config.pp,
+                virtual_pipeline_model_parallel_size=config.vpp if config.vpp > 1 else None,
+                context_parallel_size=config.cp,
+                expert_model_parallel_size=config.ep,
+                # Experts are split whole: cutting each of them as well only makes their matrices smaller.
+                expert_tensor_parallel_size=1,
                 distributed_timeout_minutes=max(1, round(config.timeout_s / 60)),
             )
             tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -103,11 +120,14 @@ def open_mesh(config: ParallelConfig, *, seed: int) -> Iterator[Mesh]:
             world_size=dist.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            cp_group=parallel_state.get_context_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
+            dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         )
     finally:
         parallel_state.destroy_model_parallel()

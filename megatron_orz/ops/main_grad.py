@@ -12,7 +12,8 @@ class WeightGradient(NamedTuple):
     Megatron's `DistributedDataParallel` gives every parameter a `main_grad`, to which its hook adds what autograd
     brings. An op that adds to `main_grad` itself spares a copy of the weight, and the rounding to its type; autograd
     then gets no gradient. The hook has nothing left to add, or, where the weight is the embedding as well, the
-    embedding's gradient alone. (Under `overlap_grad_reduce` Megatron demands a gradient all the same, and says so.)
+    embedding's gradient alone. While it overlaps the reduction of gradients it demands one all the same: a weight whose
+    attribute `demands_gradient` is true gets zeros.
 
     An op that knows its gradient in the forward pass has added it before the loss can be scaled. Such a loss must be
     backpropagated exactly once with gradient 1, or `main_grad` is wrong: any other gradient is an error.
@@ -32,7 +33,9 @@ class WeightGradient(NamedTuple):
 
     def for_autograd(self) -> Tensor | None:
         """The gradient that autograd has to be given."""
-        return None if self.is_main_grad else self.sum.to(self.weight.dtype)
+        if not self.is_main_grad:
+            return self.sum.to(self.weight.dtype)
+        return torch.zeros_like(self.weight) if getattr(self.weight, "demands_gradient", False) else None
 
     def for_autograd_of(self, grad_loss: Tensor) -> Tensor | None:
         """The same, after `sum` was made in the forward pass of a loss with this gradient, a scalar.
@@ -43,7 +46,7 @@ class WeightGradient(NamedTuple):
             return (self.sum * grad_loss).to(self.weight.dtype)
         message = "this loss has added its gradient to main_grad already, and cannot be scaled any more"
         torch._assert_async(grad_loss == 1, message)
-        return None
+        return self.for_autograd()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,91 @@
+"""Hugging Face checkpoints, read tensor by tensor from mapped safetensors files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.weight_table import weight_table
+
+INDEX_FILE = "model.safetensors.index.json"
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class HFCheckpoint:
+    """The safetensors files of a Hugging Face checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError when a file is missing or damaged."""
+        self.path = path
+        self.files = _tensor_files(path)
+
+    @property
+    def has_value_head(self) -> bool:
+        return "score.weight" in self.files
+
+    def check_names(self, architecture: Architecture, *, value_head: bool) -> None:
+        """Raises ValueError when the checkpoint holds tensors that the architecture does not account for."""
+        known = {name for entry in weight_table(architecture, value_head=value_head) for name in entry.hf}
+        known |= {"lm_head.weight"}  # a copy of the embedding where these are tied; of no use to a critic
+        if value_head:
+            known |= {"score.bias"}
+            self._check_score_bias()
+        unknown = sorted(name for name in self.files if name not in known and "rotary_emb" not in name)
+        if unknown:
+            raise ValueError(
+                f"{self.path} holds {len(unknown)} tensors its config.json does not account for, e.g. {unknown[0]}; "
+                "check that both are of the same model"
+            )
+
+    def _check_score_bias(self) -> None:
+        """The value head has no bias: transformers wants one in the file, and it has to be zero."""
+        if "score.bias" in self.files and self.read("score.bias", (1,)).any():
+            raise ValueError(f"{self.path}: score.bias is not zero, but the value head has no bias")
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor, mapped from its file. Raises ValueError when it is missing, damaged or not of this shape."""
+        if name not in self.files:
+            raise ValueError(f"{self.path} holds no tensor {name}; its config.json asks for it")
+        with open_safetensors(self.files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{self.path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
+        if tensor.dtype not in FLOATING:
+            raise ValueError(
+                f"{self.path}: {name} is stored as {tensor.dtype}; save the checkpoint in float32, bfloat16 or float16"
+            )
+        return tensor
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Opens a file with `safe_open`. Raises ValueError when it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
+
+
+def _tensor_files(path: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it."""
+    index = path / INDEX_FILE
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text())["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+            raise ValueError(f"{index} is not a safetensors index ({error!r}); copy the checkpoint again") from error
+        return {name: path / file for name, file in weight_map.items()}
+    single = path / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(f"{path} holds neither model.safetensors nor its index; save the checkpoint as safetensors")
+    with open_safetensors(single) as file:
+        return dict.fromkeys(file.keys(), single)

@@ -1,0 +1,77 @@
+"""The suggested layout fits, and nothing cheaper does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_orz.engine.architecture import Architecture, read_architecture
+from megatron_orz.engine.memory import num_parameters
+from tools.plan import GIB, USABLE_SHARE, Arguments, plans, reasons, suggest
+
+QWEN2_5_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_7B))
+    return tmp_path
+
+
+@pytest.fixture
+def architecture(model: Path) -> Architecture:
+    return read_architecture(model)
+
+
+def test_parameters_are_those_of_the_published_model(architecture: Architecture) -> None:
+    assert num_parameters(architecture) == 7_615_616_512
+
+
+@pytest.mark.parametrize(("gpus", "gpu_gib"), [(8, 80.0), (8, 141.0), (16, 80.0), (32, 40.0)])
+def test_the_suggestion_is_the_cheapest_that_fits(
+    model: Path, architecture: Architecture, gpus: int, gpu_gib: float
+) -> None:
+    arguments = Arguments(model=model, gpus=gpus, gpu_gib=gpu_gib)
+    candidates = plans(architecture, arguments)
+    chosen = suggest(candidates, arguments)
+    assert chosen is not None
+    usable = USABLE_SHARE * gpu_gib * GIB
+    assert chosen.training <= usable
+    assert all(plan.training > usable for plan in candidates if plan.cost < chosen.cost)
+    grid = chosen.parallel
+    assert grid.tp * grid.pp * grid.cp * chosen.dp == gpus
+    assert grid.tp <= arguments.gpus_per_node
+    assert reasons(chosen, candidates, architecture, arguments)[0].startswith(chosen.describe())
+
+
+def test_a_whole_replica_is_counted_by_hand(model: Path, architecture: Architecture) -> None:
+    """On one GPU: 2 bytes of weights, 4 of gradients and 12 of optimizer states for every parameter."""
+    (candidate, *_) = (plan for plan in plans(architecture, Arguments(model=model, gpus=1)) if plan.recompute == "full")
+    assert candidate.policy.resident == 18 * num_parameters(architecture)
+    assert candidate.critic.resident == 18 * num_parameters(architecture, value_head=True)
+    # Of a layer only the input stays: 28 layers, 16384 tokens, 3584 features in bfloat16.
+    assert candidate.critic.activations > 28 * 16384 * 3584 * 2
+
+
+def test_what_cannot_fit_is_said(model: Path) -> None:
+    command = [sys.executable, "tools/plan.py", str(model), "--gpus", "1"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "no layout fits 80 GiB; the smallest, dp 1, recompute full, needs" in done.stderr
