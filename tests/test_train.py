@@ -125,8 +125,8 @@ def sentence(stderr: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--parallel.tp 2", r"world size 1 is not a multiple of tp\*pp = 2\*1; set parallel\.tp and parallel\.pp, .*"),
-        ("--policy.path {home}/gpt2", r"\S+config\.json: model_type 'gpt2' is not one of llama, qwen2"),
+        ("--parallel.tp 2", r"world size 1 is not a multiple of tp\*pp\*cp = 2\*1\*1; set parallel\.tp, .*"),
+        ("--policy.path {home}/gpt2", r"\S+config\.json: model_type 'gpt2' is not one of llama, mistral, .*"),
         ("--critic.path {home}/none", r"\S+none holds no config\.json; .* must be a Hugging Face checkpoint directory"),
         ("--policy.path {home}/no_weights", r"\S+no_weights holds no \.safetensors file; save the checkpoint as .*"),
         ("--policy.path {home}/no_tokenizer", r"\S+no_tokenizer holds no tokenizer; copy the tokenizer's files .*"),
@@ -182,11 +182,11 @@ def test_what_a_user_can_mend_is_one_sentence(
         (
             3,
             "--parallel.tp 2",
-            r"world size 3 is not a multiple of tp\*pp = 2\*1; set parallel\.tp and parallel\.pp, .*",
+            r"world size 3 is not a multiple of tp\*pp\*cp = 2\*1\*1; set parallel\.tp, .*",
         ),
         (3, "--parallel.tp 3", r"parallel\.tp 3 does not divide the model's 4 attention heads; choose a tp .*"),
         (4, "--parallel.tp 4", r"parallel\.tp 4 does not divide the model's 2 key-value heads; choose a tp .*"),
-        (3, "--parallel.pp 3", r"parallel\.pp 3 does not divide the model's 4 layers; choose a pp that does"),
+        (5, "--parallel.pp 5", r"the model's 4 layers cannot fill pp\*vpp = 5\*1 chunks; lower parallel\.pp or .*"),
         (2, "--ppo.num-steps 0", r"ppo\.num_steps 0 is not at least 1"),
         (
             3,
