@@ -127,7 +127,7 @@ class ParallelConfig:
         _require(
             world_size % (self.tp * self.pp * self.cp) == 0,
             f"world size {world_size} is not a multiple of tp*pp*cp = {self.tp}*{self.pp}*{self.cp}; "
-            "set parallel.tp, parallel.pp and parallel.cp, or start another number of ranks (torchrun --nproc-per-node)",
+            "set parallel.tp, parallel.pp or parallel.cp, or start another number of ranks (torchrun --nproc-per-node)",
         )
         _require(
             world_size // self.pp % self.ep == 0,
