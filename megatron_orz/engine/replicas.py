@@ -36,9 +36,6 @@ def replicate(
     ]
     config.finalize_model_grads_func = _sum_gradients
     if parallel.overlap:
-        for chunk in chunks:
-            for parameter in chunk.parameters():
-                parameter.demands_gradient = True  # see `ops/main_grad.py`
         no_sync = [replica.no_sync for replica in replicas]
         config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return replicas

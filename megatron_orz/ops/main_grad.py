@@ -10,10 +10,7 @@ class WeightGradient(NamedTuple):
     """The gradient of `weight`, to be added to `sum`.
 
     Megatron's `DistributedDataParallel` gives every parameter a `main_grad`, to which its hook adds what autograd
-    brings. An op that adds to `main_grad` itself spares a copy of the weight, and the rounding to its type; autograd
-    then gets no gradient. The hook has nothing left to add, or, where the weight is the embedding as well, the
-    embedding's gradient alone. While it overlaps the reduction of gradients it demands one all the same: a weight whose
-    attribute `demands_gradient` is true gets zeros.
+    brings. An op that adds to `main_grad` itself spares a copy of the weight, and the rounding to its type.
 
     An op that knows its gradient in the forward pass has added it before the loss can be scaled. Such a loss must be
     backpropagated exactly once with gradient 1, or `main_grad` is wrong: any other gradient is an error.
@@ -33,9 +30,7 @@ class WeightGradient(NamedTuple):
 
     def for_autograd(self) -> Tensor | None:
         """The gradient that autograd has to be given."""
-        if not self.is_main_grad:
-            return self.sum.to(self.weight.dtype)
-        return torch.zeros_like(self.weight) if getattr(self.weight, "demands_gradient", False) else None
+        return self._for_hook() if self.is_main_grad else self.sum.to(self.weight.dtype)
 
     def for_autograd_of(self, grad_loss: Tensor) -> Tensor | None:
         """The same, after `sum` was made in the forward pass of a loss with this gradient, a scalar.
@@ -46,7 +41,19 @@ class WeightGradient(NamedTuple):
             return (self.sum * grad_loss).to(self.weight.dtype)
         message = "this loss has added its gradient to main_grad already, and cannot be scaled any more"
         torch._assert_async(grad_loss == 1, message)
-        return self.for_autograd()
+        return self._for_hook()
+
+    def _for_hook(self) -> Tensor | None:
+        """What Megatron's hook expects for a weight whose `main_grad` is complete, as from Megatron's own layers.
+
+        To start reducing `main_grad` the hook wants to see a gradient, which it drops when it is told of the addition.
+        `zero_out_wgrad` marks a weight that is the embedding as well: the hook sees the embedding's gradient, and has
+        to add it.
+        """
+        if not hasattr(self.weight, "grad_added_to_main_grad") or getattr(self.weight, "zero_out_wgrad", False):
+            return None
+        self.weight.grad_added_to_main_grad = True
+        return torch.empty_like(self.weight)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
