@@ -18,6 +18,8 @@ class Row:
     """What it is off by from float64, on a part of the problem."""
     note: str = ""
     """Where it computes less, or something else."""
+    forget: Run = lambda: None
+    """Drops what a run leaves behind: gradients."""
 
 
 @dataclass(frozen=True)

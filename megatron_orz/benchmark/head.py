@@ -152,6 +152,7 @@ def group(task: str, shape_name: str, shape: HeadShape, device: torch.device, dt
             run=partial(run, implementation, task, head),
             errors=partial(errors_of, implementation, task, part, exact),
             note=implementation.note,
+            forget=head.clear_gradients,
         )
     low = dtype.itemsize < 4
     return Group(

@@ -148,7 +148,7 @@ def measure(group: Group, spec: Spec, arguments: Arguments, progress: Progress) 
         progress.update(where, description=f"{group.task}: memory of {name}")
         try:
             if arguments.memory:
-                memory[name] = extra_bytes(spec, name, good[name].run, device)
+                memory[name] = extra_bytes(spec, name, good[name], device)
             else:
                 good[name].run()
         except torch.OutOfMemoryError:
@@ -187,10 +187,10 @@ def check(name: str, row: Row, group: Group) -> tuple[Finding, bool]:
     return Finding(errors=errors, note=f"wrong: {' and '.join(beyond)}" if beyond else row.note), not beyond
 
 
-def extra_bytes(spec: Spec, name: str, run: Run, device: torch.device) -> int:
+def extra_bytes(spec: Spec, name: str, row: Row, device: torch.device) -> int:
     """Of one row; on a CPU in a process of its own, whose memory nothing else has touched."""
     if device.type == "cuda":
-        return peak_extra_bytes(run, device)
+        return peak_extra_bytes(row.run, device, forget=row.forget)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         return pool.submit(extra_bytes_here, spec, name, torch.get_num_threads()).result()
@@ -198,4 +198,5 @@ def extra_bytes(spec: Spec, name: str, run: Run, device: torch.device) -> int:
 
 def extra_bytes_here(spec: Spec, name: str, num_threads: int) -> int:
     torch.set_num_threads(num_threads)
-    return peak_extra_bytes(spec.build().rows[name].run, torch.device(spec.device))
+    row = spec.build().rows[name]
+    return peak_extra_bytes(row.run, torch.device(spec.device), forget=row.forget)

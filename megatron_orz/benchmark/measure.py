@@ -1,5 +1,6 @@
 """Times of several functions, interleaved, and the memory one of them takes."""
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,12 +45,14 @@ def _seconds(run: Run, device: torch.device) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def peak_extra_bytes(run: Run, device: torch.device) -> int:
+def peak_extra_bytes(run: Run, device: torch.device, *, forget: Run = lambda: None) -> int:
     """The most memory that exists at once during a run beyond what existed before; on a CPU, of the whole process.
 
-    The function runs once before, so that libraries and compiled code are there already.
+    The function runs once before, so that libraries and compiled code are there already; `forget` then drops what it
+    leaves behind.
     """
     run()
+    forget()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -57,6 +60,7 @@ def peak_extra_bytes(run: Run, device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    ctypes.CDLL(None).malloc_trim(0)  # or a run may reuse what the one before has freed, and seem to need nothing
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
     before = _resident_bytes("VmRSS")
     run()

@@ -45,12 +45,15 @@ class ValueHead:
         of_tokens = (x[:num_tokens] for x in (self.old_values, self.returns, self.weights))
         return ValueHead(self.hidden.detach()[:num_tokens].requires_grad_(), self.head, *of_tokens)
 
+    def clear_gradients(self) -> None:
+        self.hidden.grad = self.head.grad = None
+
 
 Loss = Callable[[ValueHead], Tensor]
 
 
 def run(loss: Loss, value_head: ValueHead) -> Tensor:
-    value_head.hidden.grad = value_head.head.grad = None
+    value_head.clear_gradients()
     total = loss(value_head)
     total.backward()
     return total.detach()
@@ -70,7 +73,11 @@ def group(shape_name: str, shape: HeadShape, device: torch.device, dtype: torch.
         task=TASK,
         shape=f"{shape_name}: T={shape.num_tokens} H={shape.hidden_size}, {str(dtype).removeprefix('torch.')}",
         rows={
-            name: Row(run=partial(run, loss, value_head), errors=partial(_errors, loss, part, exact))
+            name: Row(
+                run=partial(run, loss, value_head),
+                errors=partial(_errors, loss, part, exact),
+                forget=value_head.clear_gradients,
+            )
             for name, loss in losses.items()
         },
         floor=partial(_copy, value_head),
