@@ -48,6 +48,9 @@ class Optimizer:
             list(chunks),
         )
         self._parts: list[Any] = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
+        # One pass over the weights; PyTorch's default makes one for each operation of the formula.
+        for group in self._optimizer.param_groups:
+            group["fused"] = True
         # Besides the warm-up, the scheduler is what makes megatron-core spare biases and norms from weight decay.
         self._schedule = OptimizerParamScheduler(
             self._optimizer,
