@@ -21,12 +21,23 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 
+FLOAT64_ON_CUDA = {"packed_gae"}
+"""Ops whose CUDA kernel takes float64 as well; on the CPU all do."""
+
+
 @cache
-def has_kernel(op: str, device_type: str) -> bool:
-    """Whether `op` has a kernel for this device. The first no for each is logged: the caller runs the reference."""
-    if NOT_BUILT is None and torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_orz::{op}", device_type.upper()):
+def has_kernel(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether `op` has a kernel for this device and type. The first no is logged: the caller runs the reference."""
+    is_built = NOT_BUILT is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"megatron_orz::{op}", device_type.upper()
+    )
+    is_typed = device_type != "cuda" or dtype != torch.float64 or op in FLOAT64_ON_CUDA
+    if is_built and is_typed:
         return True
-    reason = f"the extension is not built ({NOT_BUILT})" if NOT_BUILT else f"no {device_type} kernel is built"
+    if is_built:
+        reason = f"its {device_type} kernel does not take {dtype}"
+    else:
+        reason = f"the extension is not built ({NOT_BUILT})" if NOT_BUILT else f"no {device_type} kernel is built"
     logger.warning("%s: %s; running the slower PyTorch reference", op, reason)
     return False
 

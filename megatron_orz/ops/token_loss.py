@@ -30,7 +30,7 @@ from megatron_orz.ops.vocabulary import (
 TokenLoss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(index [n] int64, log_probs [n], entropy [n]) -> [n], what these tokens add to the loss. Differentiable."""
 
-WORKSPACE_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+WORKSPACE_BYTES = {"cpu": 96 << 20, "cuda": 4 << 30}
 """Memory for logits and their gradient."""
 
 CHUNK_TOKENS = 8192

@@ -55,7 +55,7 @@ class _LinearValueLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip_eps: float
     ) -> tuple[Tensor, Tensor]:
         ctx.d_head = WeightGradient.of(head)
-        kernel = extension.has_kernel("packed_value_loss", hidden.device.type)
+        kernel = extension.has_kernel("packed_value_loss", hidden.device.type, hidden.dtype)
         op = torch.ops.megatron_orz.packed_value_loss if kernel else reference.packed_value_loss
         values, ctx.d_hidden = op(
             hidden.contiguous(), head[0], old_values, returns, weights, clip_eps, d_head=ctx.d_head.sum[0]

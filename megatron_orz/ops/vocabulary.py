@@ -95,7 +95,7 @@ def multiply_add(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 def logits_stats(logits: Tensor, targets: Tensor, vocab_start: int, scale: float, entropy: bool) -> Tensor:
     """[n, v] -> [n, 4]; see `reference.logits_stats`."""
-    kernel = extension.has_kernel("logits_stats", logits.device.type)
+    kernel = extension.has_kernel("logits_stats", logits.device.type, logits.dtype)
     op = torch.ops.megatron_orz.logits_stats if kernel else reference.logits_stats
     return op(logits, targets, vocab_start, scale, entropy)
 
@@ -111,7 +111,7 @@ def dlogits(
     out: Tensor,
 ) -> None:
     """Writes d loss / d logits, [n, v], to out, which may be the logits; see `reference.dlogits`."""
-    kernel = extension.has_kernel("dlogits", logits.device.type)
+    kernel = extension.has_kernel("dlogits", logits.device.type, logits.dtype)
     op = torch.ops.megatron_orz.dlogits if kernel else reference.dlogits
     _, entropy, log_sum_exp = of_tokens
     op(logits, targets, log_sum_exp, entropy, grad_log_prob, grad_entropy, vocab_start, scale, out=out)
