@@ -129,6 +129,16 @@ class Entry:
     expert: int | None = None
     """None for what is not one expert's. Experts are never cut: expert parallelism deals them out whole."""
 
+    @property
+    def is_tied(self) -> bool:
+        """An output weight that is the embedding: no checkpoint stores it apart."""
+        return self.megatron_name == "output_layer.weight" and "model.embed_tokens.weight" in self.hf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole Megatron parameter."""
+        return tuple(self.layout.join([torch.empty(shape, device="meta") for shape in self.hf.values()]).shape)
+
     def shards(self, whole: Tensor, tp: int) -> list[Tensor]:
         """The part each tensor-parallel rank holds."""
         return [whole] * tp if self.expert is not None else self.layout.shards(whole, tp)

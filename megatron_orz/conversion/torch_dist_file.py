@@ -1,0 +1,119 @@
+"""Distributed checkpoints written chunk by chunk, as `megatron.core.dist_checkpointing.load` reads them.
+
+megatron-core's own `save` wants the whole model in memory and a process group; the format itself wants neither.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_orz.conversion.resumable import Advance
+from megatron_orz.conversion.safetensors_file import write_all
+from megatron_orz.engine.torch_dist import COMMON_FILE, CONTENT, FORMAT, FORMAT_FILE
+
+CHUNK_BYTES = 256 * 2**20
+"""Largest chunk of a tensor; readers hold one of them at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One parameter, as a part of the tensor stored under `key`."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    """Where in the tensor it lies; longer than `shape` by the dimension that counts experts."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def chunks(self) -> Iterator[tuple[tuple[int, ...], slice]]:
+        """(offset in the tensor, rows of the parameter) of every chunk."""
+        num_rows = self.shape[0]
+        row_bytes = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+        step = max(1, CHUNK_BYTES // row_bytes)
+        axis = len(self.offset) - len(self.shape)
+        for row in range(0, num_rows, step):
+            offset = list(self.offset)
+            offset[axis] += row
+            yield tuple(offset), slice(row, min(row + step, num_rows))
+
+    def chunk_shape(self, rows: slice) -> tuple[int, ...]:
+        leading = (1,) * (len(self.offset) - len(self.shape))
+        return (*leading, rows.stop - rows.start, *self.shape[1:])
+
+
+class _Counted:
+    """A stream that counts, and that tells how far it has come."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.position = stream, 0
+
+    def write(self, content: bytes | memoryview) -> int:
+        view = memoryview(content)
+        write_all(self._stream, view)
+        self.position += view.nbytes
+        return view.nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+class TorchDistWriter:
+    """Writes parameters into one file; `places` holds offset and length of every chunk, in order."""
+
+    def __init__(self, stream: BinaryIO, advance: Advance) -> None:
+        self._stream, self._advance = _Counted(stream), advance
+        self.places: list[list[int]] = []
+
+    def write(self, stored: StoredTensor, tensor: Tensor) -> None:
+        """Tensors of another type than `stored` says are converted, a chunk at a time."""
+        assert tuple(tensor.shape) == stored.shape
+        for _, rows in stored.chunks():
+            # torch.save writes all memory behind a view: the chunk has to be a tensor of its own.
+            chunk = tensor[rows].to(stored.dtype, copy=True).view(stored.chunk_shape(rows))
+            start = self._stream.position
+            torch.save(chunk, self._stream)  # type: ignore[arg-type]
+            self.places.append([start, self._stream.position - start])
+            self._advance(chunk.nbytes)
+
+
+def write_metadata(
+    directory: Path, files: Mapping[str, Sequence[StoredTensor]], places: Mapping[str, Sequence[Sequence[int]]]
+) -> None:
+    """Describes the files of a checkpoint. places: of each file, as its `TorchDistWriter` left them."""
+    tensors: dict[str, TensorStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for file, stored_tensors in files.items():
+        of_file = iter(places[file])
+        for stored in stored_tensors:
+            entry = tensors.setdefault(
+                stored.key,
+                TensorStorageMetadata(
+                    properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.global_shape), chunks=[]
+                ),
+            )
+            for offset, rows in stored.chunks():
+                index = MetadataIndex(stored.key, offset, len(entry.chunks))
+                entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(stored.chunk_shape(rows))))
+                start, length = next(of_file)
+                storage[index] = _StorageInfo(relative_path=file, offset=start, length=length)
+    with open(directory / ".metadata", "wb") as stream:
+        pickle.dump(Metadata(state_dict_metadata=dict(tensors), storage_data=storage), stream)
+    torch.save({"content_metadata": CONTENT}, directory / COMMON_FILE)
+    (directory / FORMAT_FILE).write_text(json.dumps(FORMAT) + "\n")
