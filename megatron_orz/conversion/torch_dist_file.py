@@ -59,14 +59,19 @@ class StoredTensor:
 
 
 class _Counted:
-    """A stream that counts, and that tells how far it has come."""
+    """A stream that knows how far it has come, and what went wrong."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.position = stream, 0
+        self.error: OSError | None = None
 
     def write(self, content: bytes | memoryview) -> int:
         view = memoryview(content)
-        write_all(self._stream, view)
+        try:
+            write_all(self._stream, view)
+        except OSError as error:
+            self.error = error
+            raise
         self.position += view.nbytes
         return view.nbytes
 
@@ -88,7 +93,10 @@ class TorchDistWriter:
             # torch.save writes all memory behind a view: the chunk has to be a tensor of its own.
             chunk = tensor[rows].to(stored.dtype, copy=True).view(stored.chunk_shape(rows))
             start = self._stream.position
-            torch.save(chunk, self._stream)  # type: ignore[arg-type]
+            try:
+                torch.save(chunk, self._stream)  # type: ignore[arg-type]
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise self._stream.error or error from error
             self.places.append([start, self._stream.position - start])
             self._advance(chunk.nbytes)
 

@@ -7,11 +7,11 @@ in it depends on the layout of the ranks that wrote it. Beside them lie the conf
 
 from __future__ import annotations
 
+import io
 import json
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -146,8 +146,10 @@ class TorchDistCheckpoint:
                 stream.seek(info.offset)
                 part: Any = _Slice(stream, info.length)
                 tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"{file} cannot be read at {key} ({error}); copy the checkpoint again") from error
+        except Exception as error:  # damaged content fails in any way, with advice that does not fit
+            raise ValueError(
+                f"{file} cannot be read at {key} ({type(error).__name__}); copy the checkpoint again"
+            ) from error
         return tensor
 
     def _check_files(self) -> None:
@@ -162,27 +164,32 @@ class TorchDistCheckpoint:
                 raise ValueError(f"{file} is truncated: {size} of {end} bytes; copy the checkpoint again")
 
 
-class _Slice:
+class _Slice(io.RawIOBase):
     """A part of a file from where it stands, as a file of its own."""
 
-    def __init__(self, stream: Any, length: int) -> None:
+    def __init__(self, stream: BinaryIO, length: int) -> None:
         self._stream, self._start, self._length = stream, stream.tell(), length
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = {0: self._start, 1: self._stream.tell(), 2: self._start + self._length}[whence]
-        self._stream.seek(base + offset)
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        self._stream.seek(self._start + base + offset)
         return self.tell()
 
     def tell(self) -> int:
-        return int(self._stream.tell() - self._start)
+        return self._stream.tell() - self._start
 
-    def read(self, size: int = -1) -> bytes:
-        left = self._length - self.tell()
-        return bytes(self._stream.read(left if size < 0 else min(size, left)))
-
-    def readinto(self, buffer: memoryview) -> int:
-        left = self._length - self.tell()
-        return int(self._stream.readinto(memoryview(buffer)[:left]))
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self._length - self.tell())
+        with memoryview(buffer) as view:
+            content = self._stream.read(min(left, view.nbytes))
+            view[: len(content)] = content
+        return len(content)
 
 
 def _overlap(
