@@ -64,8 +64,8 @@ def plan_hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None
         def write(stream: BinaryIO, advance: Advance) -> list[list[int]]:
             file = TorchDistWriter(stream, advance)
             for entry in entries:
-                whole = entry.layout.join([checkpoint.read(name, shape) for name, shape in entry.hf.items()])
-                file.write(stored[entry.megatron_name], whole)
+                parts = [checkpoint.read(name, shape) for name, shape in entry.hf.items()]
+                file.write(stored[entry.megatron_name], parts if entry.layout.is_stack else [entry.layout.join(parts)])
             return file.places
 
         return write
@@ -119,8 +119,7 @@ def plan_megatron_to_hf(
             layout = {name: place for entry in entries for name, place in layouts[entry.megatron_name].items()}
             file = SafetensorsWriter(stream, layout, advance)
             for entry in entries:
-                parts = entry.layout.split(checkpoint.read(entry, architecture))
-                for name, part in zip(entry.hf, parts, strict=True):
+                for name, part in zip(entry.hf, checkpoint.read(entry, architecture), strict=True):
                     file.write(name, part)
                 if "score.weight" in entry.hf:
                     file.write("score.bias", torch.zeros(1))
@@ -159,16 +158,17 @@ def plan_megatron_to_hf(
 
 
 def _stored(entry: Entry, architecture: Architecture, dtype: torch.dtype) -> StoredTensor:
-    shape, key = entry.shape, checkpoint_key(entry, architecture)
+    key, shape = checkpoint_key(entry, architecture), entry.shape
+    block_rows = tuple(shape[0] for shape in entry.hf.values()) if entry.layout.is_stack else (shape[0],)
     if entry.expert is None:
-        return StoredTensor(key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape, dtype=dtype)
-    assert architecture.experts is not None
+        global_shape: tuple[int, ...] = shape
+        offset: tuple[int, ...] = (0,) * len(shape)
+    else:
+        assert architecture.experts is not None
+        global_shape = (architecture.experts.num_experts, *shape)
+        offset = (entry.expert, *(0 for _ in shape))
     return StoredTensor(
-        key=key,
-        global_shape=(architecture.experts.num_experts, *shape),
-        offset=(entry.expert, *(0 for _ in shape)),
-        shape=shape,
-        dtype=dtype,
+        key=key, global_shape=global_shape, offset=offset, shape=shape, block_rows=block_rows, dtype=dtype
     )
 
 

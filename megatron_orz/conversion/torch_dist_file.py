@@ -6,6 +6,7 @@ megatron-core's own `save` wants the whole model in memory and a process group; 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,18 +41,21 @@ class StoredTensor:
     offset: tuple[int, ...]
     """Where in the tensor it lies; longer than `shape` by the dimension that counts experts."""
     shape: tuple[int, ...]
+    block_rows: tuple[int, ...]
+    """The parameter comes in blocks of so many rows."""
     dtype: torch.dtype
 
-    def chunks(self) -> Iterator[tuple[tuple[int, ...], slice]]:
-        """(offset in the tensor, rows of the parameter) of every chunk."""
-        num_rows = self.shape[0]
-        row_bytes = torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
-        step = max(1, CHUNK_BYTES // row_bytes)
-        axis = len(self.offset) - len(self.shape)
-        for row in range(0, num_rows, step):
-            offset = list(self.offset)
-            offset[axis] += row
-            yield tuple(offset), slice(row, min(row + step, num_rows))
+    def chunks(self) -> Iterator[tuple[int, slice]]:
+        """(block, its rows) of every chunk."""
+        step = max(1, CHUNK_BYTES // (math.prod(self.shape[1:]) * self.dtype.itemsize))
+        for block, num_rows in enumerate(self.block_rows):
+            for row in range(0, num_rows, step):
+                yield block, slice(row, min(row + step, num_rows))
+
+    def chunk_offset(self, block: int, rows: slice) -> tuple[int, ...]:
+        leading = len(self.offset) - len(self.shape)
+        row = self.offset[leading] + sum(self.block_rows[:block]) + rows.start
+        return (*self.offset[:leading], row, *self.offset[leading + 1 :])
 
     def chunk_shape(self, rows: slice) -> tuple[int, ...]:
         leading = (1,) * (len(self.offset) - len(self.shape))
@@ -84,14 +88,14 @@ class TorchDistWriter:
 
     def __init__(self, stream: BinaryIO, advance: Advance) -> None:
         self._stream, self._advance = _Counted(stream), advance
+        self._buffer = bytearray()
         self.places: list[list[int]] = []
 
-    def write(self, stored: StoredTensor, tensor: Tensor) -> None:
+    def write(self, stored: StoredTensor, blocks: Sequence[Tensor]) -> None:
         """Tensors of another type than `stored` says are converted, a chunk at a time."""
-        assert tuple(tensor.shape) == stored.shape
-        for _, rows in stored.chunks():
-            # torch.save writes all memory behind a view: the chunk has to be a tensor of its own.
-            chunk = tensor[rows].to(stored.dtype, copy=True).view(stored.chunk_shape(rows))
+        assert tuple(len(block) for block in blocks) == stored.block_rows
+        for block, rows in stored.chunks():
+            chunk = self._copy(blocks[block][rows], stored.dtype).view(stored.chunk_shape(rows))
             start = self._stream.position
             try:
                 torch.save(chunk, self._stream)  # type: ignore[arg-type]
@@ -99,6 +103,17 @@ class TorchDistWriter:
                 raise self._stream.error or error from error
             self.places.append([start, self._stream.position - start])
             self._advance(chunk.nbytes)
+
+    def _copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy whose memory is no larger than itself, because torch.save writes all that lies behind a view.
+
+        It lies in one buffer, which the next copy overwrites: fresh memory costs more than the copy.
+        """
+        num_bytes = tensor.numel() * dtype.itemsize
+        if len(self._buffer) < num_bytes:
+            self._buffer = bytearray(num_bytes)
+        copy = torch.frombuffer(memoryview(self._buffer)[:num_bytes], dtype=dtype)
+        return copy.copy_(tensor.reshape(-1))
 
 
 def write_metadata(
@@ -116,7 +131,8 @@ def write_metadata(
                     properties=TensorProperties(dtype=stored.dtype), size=torch.Size(stored.global_shape), chunks=[]
                 ),
             )
-            for offset, rows in stored.chunks():
+            for block, rows in stored.chunks():
+                offset = stored.chunk_offset(block, rows)
                 index = MetadataIndex(stored.key, offset, len(entry.chunks))
                 entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(stored.chunk_shape(rows))))
                 start, length = next(of_file)

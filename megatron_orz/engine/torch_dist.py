@@ -8,6 +8,7 @@ in it depends on the layout of the ranks that wrote it. Beside them lie the conf
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -95,16 +96,22 @@ class TorchDistCheckpoint:
     def dtype(self, entry: Entry, architecture: Architecture) -> torch.dtype:
         return self.tensors[self._key(entry, architecture)].properties.dtype
 
-    def read(self, entry: Entry, architecture: Architecture) -> Tensor:
-        """The whole parameter, assembled from its chunks."""
-        key, shape = self._key(entry, architecture), entry.shape
-        stored = self.tensors[key]
+    def read(self, entry: Entry, architecture: Architecture) -> list[Tensor]:
+        """The Hugging Face tensors of a parameter."""
+        if not entry.layout.is_stack:
+            return entry.layout.split(self._read_rows(entry, architecture, 0, entry.shape[0]))
+        starts = itertools.accumulate((shape[0] for shape in entry.hf.values()), initial=0)
+        return [self._read_rows(entry, architecture, *rows) for rows in itertools.pairwise(starts)]
+
+    def _read_rows(self, entry: Entry, architecture: Architecture, start: int, end: int) -> Tensor:
+        """Rows of a parameter, assembled from the chunks that hold them."""
+        key, shape = self._key(entry, architecture), (end - start, *entry.shape[1:])
         # An expert is one row of the first dimension.
-        start = (entry.expert,) if entry.expert is not None else ()
-        offsets = (*start, *(0 for _ in shape))
-        sizes = (*(1 for _ in start), *shape)
+        leading = () if entry.expert is None else (entry.expert,)
+        offsets = (*leading, start, *(0 for _ in shape[1:]))
+        sizes = (*(1 for _ in leading), *shape)
         whole, num_read = None, 0
-        for chunk in stored.chunks:
+        for chunk in self.tensors[key].chunks:
             overlap = _overlap(offsets, sizes, chunk.offsets, chunk.sizes)
             if overlap is None:
                 continue

@@ -21,10 +21,10 @@ def save_policy(path: Path, family: str) -> Path:
     return add_tokenizer(path)
 
 
-def save_critic(path: Path, family: str) -> Path:
+def save_critic(path: Path, family: str, *, vocab_size: int = tiny.VOCAB_SIZE) -> Path:
     """As transformers saves a reward model that gives every token a value."""
     torch.manual_seed(3)
-    config = tiny.config_of(family)
+    config = tiny.config_of(family, vocab_size=vocab_size)
     config.num_labels = 1
     model = AutoModelForTokenClassification.from_config(config, dtype=torch.float32)
     torch.nn.init.zeros_(model.score.bias)

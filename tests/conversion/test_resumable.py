@@ -103,7 +103,7 @@ def test_an_output_that_holds_something_else_is_kept(forms: dict[str, Path], tmp
 def test_two_conversions_into_one_output_are_refused(forms: dict[str, Path], tmp_path: Path) -> None:
     with (
         FileLock(tmp_path / ".output.lock"),
-        pytest.raises(ValueError, match="another process is writing .*output; wait for it"),
+        pytest.raises(ValueError, match=r"another process is writing .*output; wait for it"),
     ):
         plan_hf_to_megatron(forms["hf"], tmp_path / "output").run(lambda _: None)
 
