@@ -1,6 +1,6 @@
 """How much private memory and time a conversion takes, against `cp`.
 
-python -m tests.conversion.measure --shape qwen2.5-7b --directory /somewhere/with/50/GB
+python -m tests.conversion.measure --shape qwen2.5-7b --directory large_disk    # 50 GB
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ def main() -> None:
             ),
             flush=True,
         )
+        shutil.rmtree(root / source)
     return None
 
 
