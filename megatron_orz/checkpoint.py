@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
 from megatron_orz.ranks import exhausting
 from megatron_orz.types import NamedWeights
@@ -21,6 +22,8 @@ MAX_SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_AND_CONFIG = (".json", ".jinja", ".model", ".txt")
 """Suffixes of what goes with the weights; whatever else a checkpoint holds may be its old weights in another format."""
+ABOUT_WEIGHTS = ("metadata.json", "conversion.json")
+"""Files of a distributed checkpoint and of a conversion that describe the weights beside them."""
 
 
 @contextlib.contextmanager
@@ -46,33 +49,51 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 def export_hf(weights: NamedWeights, *, source: Path, target: Path, is_writer: bool) -> None:
     """Writes the weights as safetensors beside the config and tokenizer of `source`; whole or not at all.
 
+    A critic, whose weights name a `score.weight`, becomes a token classifier with one label.
     Collective: every rank consumes `weights`, one of them writes. Raises RuntimeError when the disk does not take it.
     """
     try:
         with exhausting(weights):
             if is_writer:
                 with atomic_directory(target) as directory:
-                    for file in source.iterdir():
-                        if file.suffix in TOKENIZER_AND_CONFIG and not file.name.endswith(".index.json"):
-                            shutil.copy(file, directory / file.name)
-                    dtype = _write_shards(weights, directory)
-                    _set_dtype(directory / "config.json", dtype)
+                    copy_companions(source, directory)
+                    dtype, names = _write_shards(_with_score_bias(weights), directory)
+                    write_config(directory / "config.json", dtype, value_head="score.weight" in names)
     except (OSError, SafetensorError) as error:
         raise RuntimeError(
             f"cannot write the checkpoint {target}: {error}; free some space or change run_dir"
         ) from error
 
 
-def _set_dtype(config_file: Path, dtype: torch.dtype) -> None:
-    """Whoever loads a checkpoint rounds its weights to the type that config.json names."""
+def copy_companions(source: Path, directory: Path) -> None:
+    """Copies what goes with the weights: config, generation config, tokenizer, chat template."""
+    for file in source.iterdir():
+        is_about_weights = file.name.endswith(".index.json") or file.name in ABOUT_WEIGHTS
+        if file.is_file() and file.suffix in TOKENIZER_AND_CONFIG and not is_about_weights:
+            shutil.copy(file, directory / file.name)
+
+
+def write_config(config_file: Path, dtype: torch.dtype, *, value_head: bool) -> None:
+    """Names the type of the weights, to which whoever loads them rounds, and a critic as a token classifier."""
     config = json.loads(config_file.read_text())
     config.pop("torch_dtype", None)  # the key's former name
     config["dtype"] = str(dtype).removeprefix("torch.")
+    if value_head:
+        config["architectures"] = [MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES[config["model_type"]]]
+        config["id2label"], config["label2id"] = {"0": "value"}, {"value": 0}
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_shards(weights: NamedWeights, directory: Path) -> torch.dtype:
-    """Returns the type of the weights."""
+def _with_score_bias(weights: NamedWeights) -> NamedWeights:
+    """The value head of a critic has no bias; that of a token classifier has one, which is zero."""
+    for name, tensor in weights:
+        yield name, tensor
+        if name == "score.weight":
+            yield "score.bias", tensor.new_zeros(1)
+
+
+def _write_shards(weights: NamedWeights, directory: Path) -> tuple[torch.dtype, list[str]]:
+    """Returns the type of the weights, and their names."""
     shards: list[list[str]] = []
     tensors: dict[str, Tensor] = {}
     num_bytes, total_bytes = 0, 0
@@ -100,4 +121,4 @@ def _write_shards(weights: NamedWeights, directory: Path) -> torch.dtype:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return dtype
+    return dtype, [name for shard in shards for name in shard]

@@ -57,7 +57,7 @@ class ModelConfig:
     """One Megatron model: where its weights come from, and how it is trained."""
 
     path: Path
-    """Hugging Face checkpoint directory (config.json, safetensors, tokenizer)."""
+    """Hugging Face checkpoint directory (config.json, safetensors, tokenizer); a critic's may be a Megatron one."""
     optimizer: OptimizerConfig
     dtype: DType = "float32"
     """Type of the weights in the forward pass; the optimizer keeps float32 copies of bfloat16 weights."""

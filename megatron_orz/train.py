@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer
@@ -15,10 +14,11 @@ from transformers.utils.logging import disable_progress_bar
 from megatron_orz import ppo
 from megatron_orz.checkpoint import export_hf
 from megatron_orz.command_line import parse, plain_errors, rank, world_size
-from megatron_orz.config import Config, to_json
+from megatron_orz.config import Config, ModelConfig, to_json
 from megatron_orz.curves import draw_curves
 from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts
 from megatron_orz.engine.architecture import read_architecture
+from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
 from megatron_orz.ranks import Ranks
@@ -105,7 +105,7 @@ def train(config: Config) -> None:
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:
     """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
-    of_policy, of_critic = (_check_model(config, model.path) for model in (config.policy, config.critic))
+    of_policy, of_critic = (_check_model(config, model) for model in (config.policy, config.critic))
     if of_policy.get_vocab() != of_critic.get_vocab():
         raise ValueError(
             f"{config.critic.path} has another vocabulary than {config.policy.path}, whose tokens the critic reads; "
@@ -114,7 +114,8 @@ def check_models(config: Config) -> PreTrainedTokenizerBase:
     return of_policy
 
 
-def _check_model(config: Config, path: Path) -> PreTrainedTokenizerBase:
+def _check_model(config: Config, model: ModelConfig) -> PreTrainedTokenizerBase:
+    path = model.path
     architecture = read_architecture(path)
     architecture.check_layout(config.parallel)
     if config.fleet.max_model_tokens > architecture.max_position:
@@ -122,7 +123,8 @@ def _check_model(config: Config, path: Path) -> PreTrainedTokenizerBase:
             f"fleet.max_model_tokens {config.fleet.max_model_tokens} exceeds the {architecture.max_position} "
             f"positions of {path}; lower it"
         )
-    if not any(path.glob("*.safetensors")):
+    # The servers of the fleet start from the policy's checkpoint, and know this form alone.
+    if not any(path.glob("*.safetensors")) and (model is config.policy or not is_torch_dist(path)):
         raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
     remedy = "copy the tokenizer's files of the same model there"
     try:

@@ -11,7 +11,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from megatron_orz import checkpoint
 from megatron_orz.checkpoint import export_hf
@@ -74,6 +79,20 @@ def test_no_weight_is_rounded_to_the_type_of_the_source(
     model = trained(source, trained_in)
     export_hf(weights_of(model), source=source, target=tmp_path / "final", is_writer=True)
     assert_loads_as(tmp_path / "final", model)
+
+
+def test_a_critic_becomes_a_token_classifier(source: Path, tmp_path: Path) -> None:
+    body = trained(source).model
+    head = torch.randn(1, 64, generator=torch.Generator().manual_seed(4))
+    weights = [(f"model.{name}", weight) for name, weight in body.named_parameters()] + [("score.weight", head)]
+    export_hf(iter(weights), source=source, target=tmp_path / "critic", is_writer=True)
+    ids = torch.arange(20)[None]
+    expected = body(ids).last_hidden_state @ head.t()
+    as_token_classifier = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic").eval()
+    assert as_token_classifier.config.architectures == ["Qwen2ForTokenClassification"]
+    assert torch.allclose(as_token_classifier(ids).logits, expected, atol=1e-6)
+    as_reward_model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "critic").eval()
+    assert torch.allclose(as_reward_model(ids).logits[0], expected[0, -1], atol=1e-6)
 
 
 def test_large_checkpoints_are_split_into_indexed_shards(

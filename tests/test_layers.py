@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
     "checkpoint": {"types", "config", "ranks"},
+    "conversion": {"types", "config", "engine", "checkpoint"},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},
 }

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_orz import ppo
 from megatron_orz.config import to_json
+from megatron_orz.conversion.convert import plan_hf_to_megatron
 from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 from megatron_orz.logs import read_metrics
 from megatron_orz.types import Metrics
@@ -76,6 +77,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file in (home / "no_tokenizer").glob("tokenizer*"):
         file.unlink()
     (home / "no_weights" / "model.safetensors").unlink()
+    plan_hf_to_megatron(home / "model", home / "megatron").run(lambda _: None)
     (home / "damaged_tokenizer" / "tokenizer.json").write_text("{}")
     other = json.loads((home / "model" / "tokenizer.json").read_text())
     vocabulary = other["model"]["vocab"]
@@ -129,6 +131,7 @@ def sentence(stderr: str) -> str:
         ("--policy.path {home}/gpt2", r"\S+config\.json: model_type 'gpt2' is not one of llama, mistral, .*"),
         ("--critic.path {home}/none", r"\S+none holds no config\.json; .* must be a Hugging Face checkpoint directory"),
         ("--policy.path {home}/no_weights", r"\S+no_weights holds no \.safetensors file; save the checkpoint as .*"),
+        ("--policy.path {home}/megatron", r"\S+megatron holds no \.safetensors file; save the checkpoint as .*"),
         ("--policy.path {home}/no_tokenizer", r"\S+no_tokenizer holds no tokenizer; copy the tokenizer's files .*"),
         ("--critic.path {home}/damaged_tokenizer", r"\S+damaged_tokenizer holds no tokenizer that .*; copy the .*"),
         ("--critic.path {home}/other_tokenizer", r"\S+other_tokenizer has another vocabulary .*; set critic\.path .*"),
@@ -255,6 +258,10 @@ def test_dry_run_prints_the_resolved_config_and_builds_nothing(home: Path, tmp_p
     assert json.loads(out) == expected
     assert "30 prompts of 30 rows (0 too long)" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_critic_may_come_from_a_megatron_checkpoint(home: Path) -> None:
+    assert command_line(home, "--dry-run", "--critic.path", "{home}/megatron") == 0
 
 
 def test_an_error_in_a_process_is_one_line_and_exit_code_2(home: Path, tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.weight_table import weight_table
 
 INDEX_FILE = "model.safetensors.index.json"
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HFCheckpoint:
@@ -26,6 +25,7 @@ class HFCheckpoint:
         """Raises ValueError when a file is missing or damaged."""
         self.path = path
         self.files = _tensor_files(path)
+        self._handles: dict[Path, Any] = {}
 
     @property
     def has_value_head(self) -> bool:
@@ -50,27 +50,60 @@ class HFCheckpoint:
         if "score.bias" in self.files and self.read("score.bias", (1,)).any():
             raise ValueError(f"{self.path}: score.bias is not zero, but the value head has no bias")
 
+    def dtype(self, tensors: Mapping[str, tuple[int, ...]]) -> torch.dtype:
+        """The type the tensors share; their data is not read.
+
+        Raises ValueError when one is missing, damaged or not of the given shape, or their types differ.
+        """
+        dtypes = {name: self._check(name, shape) for name, shape in tensors.items()}
+        if len(set(dtypes.values())) > 1:
+            raise ValueError(
+                f"{self.path}: {', '.join(f'{name} is {dtype}' for name, dtype in dtypes.items())}; "
+                "Megatron keeps them in one tensor, so save them in one type"
+            )
+        return next(iter(dtypes.values()))
+
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, mapped from its file. Raises ValueError when it is missing, damaged or not of this shape."""
-        if name not in self.files:
-            raise ValueError(f"{self.path} holds no tensor {name}; its config.json asks for it")
-        with open_safetensors(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{self.path}: {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}")
-        if tensor.dtype not in FLOATING:
-            raise ValueError(
-                f"{self.path}: {name} is stored as {tensor.dtype}; save the checkpoint in float32, bfloat16 or float16"
-            )
+        self._check(name, shape)
+        tensor: Tensor = self._open(name).get_tensor(name)
         return tensor
 
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Raises ValueError when the tensor is missing, or of a type that is not supported."""
+        if name not in self.files:
+            raise ValueError(f"{self.path} holds no tensor {name}; its config.json asks for it")
+        try:
+            header = self._open(name).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.files[name]} holds no tensor {name}, but the index says so; copy the checkpoint again"
+            ) from error
+        if header.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{self.path}: {name} is stored as {header.get_dtype()}; "
+                "save the checkpoint in float32, bfloat16 or float16"
+            )
+        return tuple(header.get_shape()), DTYPES[header.get_dtype()]
 
-@contextlib.contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """Opens a file with `safe_open`. Raises ValueError when it is missing or damaged."""
+    def _check(self, name: str, expected: tuple[int, ...]) -> torch.dtype:
+        """The type of the tensor."""
+        shape, dtype = self.shape_and_dtype(name)
+        if shape != expected:
+            raise ValueError(f"{self.path}: {name} has shape {list(shape)}, config.json asks for {list(expected)}")
+        return dtype
+
+    def _open(self, name: str) -> Any:
+        path = self.files[name]
+        if path not in self._handles:
+            self._handles[path] = open_safetensors(path)
+        return self._handles[path]
+
+
+def open_safetensors(path: Path) -> Any:
+    """The file, opened with `safe_open`. Raises ValueError when it is missing or damaged."""
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read ({error}); copy the checkpoint again") from error
 
@@ -87,5 +120,4 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     single = path / "model.safetensors"
     if not single.is_file():
         raise ValueError(f"{path} holds neither model.safetensors nor its index; save the checkpoint as safetensors")
-    with open_safetensors(single) as file:
-        return dict.fromkeys(file.keys(), single)
+    return dict.fromkeys(open_safetensors(single).keys(), single)

@@ -62,7 +62,7 @@ class MegatronEngine(ABC, Generic[Output]):
             self.chunks = build_model(
                 self.architecture, mesh, dtype=config.dtype, recompute=config.recompute, value_head=value_head
             )
-            weights.load_hf(self.chunks, config.path, self.architecture, mesh, value_head=self._has_value_head)
+            weights.load(self.chunks, config.path, self.architecture, mesh, value_head=self._has_value_head)
             self._replicas = replicate(self.chunks, mesh.config, config.optimizer)
             self._optimizer = Optimizer(self._replicas, config.optimizer, self.name)
         self._offload = Offload(mesh.device)

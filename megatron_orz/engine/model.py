@@ -73,7 +73,7 @@ class HeadlessGPTModel(GPTModel):
 def build_model(
     architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: Recompute, value_head: ValueHead | None
 ) -> list[HeadlessGPTModel]:
-    """Builds this rank's model chunks, without weights: `weights.load_hf` fills them."""
+    """Builds this rank's model chunks, without weights: `weights.load` fills them."""
     config = _transformer_config(architecture, mesh, DTYPES[dtype], recompute=recompute)
     return [_build_chunk(architecture, mesh, config, index, value_head) for index in range(mesh.config.vpp)]
 

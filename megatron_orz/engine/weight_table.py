@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from megatron_orz.engine.families import FAMILIES, Table
 
 class Layout(ABC):
     """How Hugging Face tensors form one Megatron parameter, and how that is cut over tensor-parallel ranks."""
+
+    is_stack: ClassVar[bool] = True
+    """The parameter is the Hugging Face tensors, one after the other."""
 
     @abstractmethod
     def join(self, parts: list[Tensor]) -> Tensor:
@@ -84,6 +88,7 @@ class Vocabulary(Cut):
 class QueryKeyValue(Cut):
     """q, k and v interleaved by key-value group: [q of group 0, k 0, v 0, q of group 1, ...]."""
 
+    is_stack: ClassVar[bool] = False
     num_kv_heads: int
     queries_per_group: int
 
@@ -128,6 +133,16 @@ class Entry:
     """None outside the layers."""
     expert: int | None = None
     """None for what is not one expert's. Experts are never cut: expert parallelism deals them out whole."""
+
+    @property
+    def is_tied(self) -> bool:
+        """An output weight that is the embedding: no checkpoint stores it apart."""
+        return self.megatron_name == "output_layer.weight" and "model.embed_tokens.weight" in self.hf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole Megatron parameter."""
+        return tuple(self.layout.join([torch.empty(shape, device="meta") for shape in self.hf.values()]).shape)
 
     def shards(self, whole: Tensor, tp: int) -> list[Tensor]:
         """The part each tensor-parallel rank holds."""

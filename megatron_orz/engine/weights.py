@@ -15,40 +15,42 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from torch import Tensor
 
 from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.dist_checkpoint import load_torch_dist
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
 from megatron_orz.engine.model import HeadlessGPTModel
 from megatron_orz.engine.parallel import Mesh
 from megatron_orz.engine.stages import stage_of_layer
+from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.engine.weight_table import Cut, Entry, Layout, Replicated, weight_table
 from megatron_orz.types import NamedWeights
 
 
-def load_hf(
+def load(
     chunks: Sequence[HeadlessGPTModel], path: Path, architecture: Architecture, mesh: Mesh, *, value_head: bool
 ) -> None:
-    """Fills this rank's parameters from a Hugging Face checkpoint.
+    """Fills this rank's parameters from a checkpoint of either form. A collective over all ranks.
 
     value_head: the model is a critic; its head keeps its own weights where the checkpoint holds none.
 
     Raises ValueError when the checkpoint does not hold exactly what the architecture asks for.
     """
+    parameters = global_parameters(chunks)
+    table = [entry for entry in weight_table(architecture, value_head=value_head) if entry.megatron_name in parameters]
+    assert len(table) == len(parameters), f"parameters without a checkpoint counterpart: {list(parameters)}"
+    for entry in table:
+        if isinstance(entry.layout, Cut):
+            _mark_as_shard(parameters[entry.megatron_name], entry.layout.dim)
+    if is_torch_dist(path):
+        load_torch_dist(chunks, path, architecture, value_head=value_head)
+        return
     checkpoint = HFCheckpoint(path)
     checkpoint.check_names(architecture, value_head=value_head)
-    parameters = global_parameters(chunks)
-    for entry in weight_table(architecture, value_head=value_head):
-        parameter = parameters.pop(entry.megatron_name, None)
-        if parameter is None or (is_value_head(entry) and not checkpoint.has_value_head):
+    for entry in table:
+        if "score.weight" in entry.hf and not checkpoint.has_value_head:
             continue
         whole = entry.layout.join([checkpoint.read(name, shape) for name, shape in entry.hf.items()])
         with torch.no_grad():
-            parameter.copy_(entry.shards(whole, mesh.tp)[mesh.tp_rank])
-        if isinstance(entry.layout, Cut):
-            _mark_as_shard(parameter, entry.layout.dim)
-    assert not parameters, f"parameters without a Hugging Face counterpart: {list(parameters)}"
-
-
-def is_value_head(entry: Entry) -> bool:
-    return "score.weight" in entry.hf
+            parameters[entry.megatron_name].copy_(entry.shards(whole, mesh.tp)[mesh.tp_rank])
 
 
 def _mark_as_shard(parameter: torch.nn.Parameter, dim: int) -> None:
@@ -72,7 +74,7 @@ def hf_weights(
     """
     parameters = global_parameters(chunks)
     for entry in weight_table(architecture, value_head=value_head):
-        if entry.megatron_name == "output_layer.weight" and "model.embed_tokens.weight" in entry.hf:
+        if entry.is_tied:
             continue
         owner_stage = _owner_stage(entry, architecture, mesh)
         dtype = chunks[0].config.params_dtype
@@ -108,11 +110,7 @@ def _share_expert(
     parameter: torch.nn.Parameter | None, entry: Entry, dtype: torch.dtype, architecture: Architecture, mesh: Mesh
 ) -> Tensor:
     """An expert's weight, on every rank of its stage. parameter: None where another rank holds this expert."""
-    if parameter is not None:
-        weight = parameter.detach()
-    else:
-        on_meta = [torch.empty(shape, dtype=dtype, device="meta") for shape in entry.hf.values()]
-        weight = torch.empty_like(entry.layout.join(on_meta), device=mesh.device)
+    weight = torch.empty(entry.shape, dtype=dtype, device=mesh.device) if parameter is None else parameter.detach()
     if mesh.config.ep > 1:
         assert architecture.experts is not None
         assert entry.expert is not None

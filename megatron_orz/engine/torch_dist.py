@@ -1,0 +1,230 @@
+"""Megatron's distributed checkpoints (`torch_dist`) as files: names, shapes and tensors, read without megatron-core.
+
+A directory holds `.metadata` (for each key its global shape and its chunks, and the file, offset and length of each),
+`__*.distcp` (the chunks, each as `torch.save` writes it), `common.pt` and `metadata.json` (the format's name). Nothing
+in it depends on the layout of the ranks that wrote it. Beside them lie the config and tokenizer of the model.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.weight_table import Entry, Vocabulary
+
+FORMAT_FILE = "metadata.json"
+COMMON_FILE = "common.pt"
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}
+
+CONTENT = {"non_homogeneous_layers": True, "singleton_local_shards": False}
+"""How megatron-core names and shapes what the checkpoint holds: one key for each layer, one for all experts of a layer.
+Saved with the checkpoint as `content_metadata`, and handed to `sharded_state_dict` by whoever loads it."""
+
+FUSED_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Norms of a layer by the names they have in checkpoints, where they belong to the linear layer that follows."""
+
+
+def is_torch_dist(path: Path) -> bool:
+    return (path / FORMAT_FILE).is_file()
+
+
+def checkpoint_key(entry: Entry, architecture: Architecture) -> str:
+    """The key of a parameter; all experts of a layer share one, whose tensor has the experts as its first dimension."""
+    name = entry.megatron_name
+    if entry.expert is not None:
+        return name.replace(f".local_experts.{entry.expert}.", ".experts.")
+    experts = architecture.experts
+    is_sparse = experts is not None and entry.layer is not None and entry.layer not in experts.dense_layers
+    for norm, fused in FUSED_NORMS.items():
+        if name.endswith(f".{norm}") and not (is_sparse and norm == "pre_mlp_layernorm.weight"):
+            return name.removesuffix(norm) + fused
+    return name
+
+
+class TorchDistCheckpoint:
+    """The model weights of a distributed checkpoint; what an optimizer left there is passed over."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError when a file is missing, damaged or truncated."""
+        self.path = path
+        _check_format(path / FORMAT_FILE)
+        metadata = _read_metadata(path)
+        self.tensors: Mapping[str, TensorStorageMetadata] = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata) and not key.startswith("optimizer.")
+        }
+        self._storage: Mapping[tuple[str, Sequence[int]], _StorageInfo] = {
+            (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
+        }
+        self.files = sorted({info.relative_path for info in self._storage.values()})
+        self._check_files()
+
+    @property
+    def has_value_head(self) -> bool:
+        head = self.tensors.get("output_layer.weight")
+        return head is not None and head.size[0] == 1
+
+    def check_names(self, table: Sequence[Entry], architecture: Architecture) -> None:
+        """Raises ValueError unless the checkpoint holds exactly the parameters of `table`, in their shapes."""
+        expected = set()
+        for entry in table:
+            if entry.is_tied:
+                continue
+            key = self._key(entry, architecture)
+            expected.add(key)
+            self._check_shape(key, entry, architecture)
+        if unknown := sorted(self.tensors.keys() - expected):
+            raise ValueError(
+                f"{self.path} holds {len(unknown)} tensors its config.json does not account for, e.g. {unknown[0]}; "
+                "check that both are of the same model"
+            )
+
+    def dtype(self, entry: Entry, architecture: Architecture) -> torch.dtype:
+        return self.tensors[self._key(entry, architecture)].properties.dtype
+
+    def read(self, entry: Entry, architecture: Architecture) -> list[Tensor]:
+        """The Hugging Face tensors of a parameter."""
+        if not entry.layout.is_stack:
+            return entry.layout.split(self._read_rows(entry, architecture, 0, entry.shape[0]))
+        starts = itertools.accumulate((shape[0] for shape in entry.hf.values()), initial=0)
+        return [self._read_rows(entry, architecture, *rows) for rows in itertools.pairwise(starts)]
+
+    def _read_rows(self, entry: Entry, architecture: Architecture, start: int, end: int) -> Tensor:
+        """Rows of a parameter, assembled from the chunks that hold them."""
+        key, shape = self._key(entry, architecture), (end - start, *entry.shape[1:])
+        # An expert is one row of the first dimension.
+        leading = () if entry.expert is None else (entry.expert,)
+        offsets = (*leading, start, *(0 for _ in shape[1:]))
+        sizes = (*(1 for _ in leading), *shape)
+        whole, num_read = None, 0
+        for chunk in self.tensors[key].chunks:
+            overlap = _overlap(offsets, sizes, chunk.offsets, chunk.sizes)
+            if overlap is None:
+                continue
+            tensor = self._read_chunk(key, tuple(chunk.offsets))
+            if tuple(chunk.offsets) == offsets and tuple(chunk.sizes) == sizes:
+                return tensor.view(shape)
+            if whole is None:
+                whole = torch.empty(sizes, dtype=tensor.dtype)
+            in_whole, in_chunk = overlap
+            whole[in_whole] = tensor[in_chunk]
+            num_read += whole[in_whole].numel()
+        if whole is None or num_read != whole.numel():
+            raise ValueError(f"{self.path} holds {key} in part only; save or copy the checkpoint again")
+        return whole.view(shape)
+
+    def _key(self, entry: Entry, architecture: Architecture) -> str:
+        """Raises ValueError when there is none. Norms may go by either of their names."""
+        for key in (checkpoint_key(entry, architecture), entry.megatron_name):
+            if key in self.tensors:
+                return key
+        raise ValueError(
+            f"{self.path} holds no tensor {checkpoint_key(entry, architecture)}; its config.json asks for it"
+        )
+
+    def _check_shape(self, key: str, entry: Entry, architecture: Architecture) -> None:
+        found, expected = tuple(self.tensors[key].size), entry.shape
+        if entry.expert is not None:
+            assert architecture.experts is not None
+            expected = (architecture.experts.num_experts, *expected)
+        padded = isinstance(entry.layout, Vocabulary) and found[0] >= expected[0] and found[1:] == expected[1:]
+        if found != expected and not padded:
+            raise ValueError(f"{self.path}: {key} has shape {list(found)}, config.json asks for {list(expected)}")
+
+    def _read_chunk(self, key: str, offsets: tuple[int, ...]) -> Tensor:
+        info = self._storage[key, offsets]
+        file = self.path / info.relative_path
+        try:
+            with open(file, "rb") as stream:
+                stream.seek(info.offset)
+                part: Any = _Slice(stream, info.length)
+                tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged content fails in any way, with advice that does not fit
+            raise ValueError(
+                f"{file} cannot be read at {key} ({type(error).__name__}); copy the checkpoint again"
+            ) from error
+        return tensor
+
+    def _check_files(self) -> None:
+        ends: dict[str, int] = {}
+        for info in self._storage.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+        for name, end in ends.items():
+            file = self.path / name
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; copy the checkpoint again")
+            if (size := file.stat().st_size) < end:
+                raise ValueError(f"{file} is truncated: {size} of {end} bytes; copy the checkpoint again")
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file from where it stands, as a file of its own."""
+
+    def __init__(self, stream: BinaryIO, length: int) -> None:
+        self._stream, self._start, self._length = stream, stream.tell(), length
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self._length}[whence]
+        self._stream.seek(self._start + base + offset)
+        return self.tell()
+
+    def tell(self) -> int:
+        return self._stream.tell() - self._start
+
+    def readinto(self, buffer: Any) -> int:
+        left = max(0, self._length - self.tell())
+        with memoryview(buffer) as view:
+            content = self._stream.read(min(left, view.nbytes))
+            view[: len(content)] = content
+        return len(content)
+
+
+def _overlap(
+    offsets: Sequence[int], sizes: Sequence[int], chunk_offsets: Sequence[int], chunk_sizes: Sequence[int]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a region and a chunk meet, as slices of the region and of the chunk; None where they do not."""
+    in_region, in_chunk = [], []
+    for offset, size, chunk_offset, chunk_size in zip(offsets, sizes, chunk_offsets, chunk_sizes, strict=True):
+        start, end = max(offset, chunk_offset), min(offset + size, chunk_offset + chunk_size)
+        if start >= end:
+            return None
+        in_region.append(slice(start - offset, end - offset))
+        in_chunk.append(slice(start - chunk_offset, end - chunk_offset))
+    return tuple(in_region), tuple(in_chunk)
+
+
+def _check_format(file: Path) -> None:
+    try:
+        backend = json.loads(file.read_text())["sharded_backend"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not describe a distributed checkpoint ({error!r}); copy it again") from error
+    if backend != FORMAT["sharded_backend"]:
+        raise ValueError(f"{file}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
+
+
+def _read_metadata(path: Path) -> Metadata:
+    try:
+        metadata: Metadata = FileSystemReader(path).read_metadata()
+    except Exception as error:  # a damaged pickle fails in any way
+        raise ValueError(f"{path / '.metadata'} cannot be read ({error!r}); copy the checkpoint again") from error
+    return metadata

@@ -1,0 +1,165 @@
+"""Converts models between Hugging Face's checkpoints and Megatron's, in one process.
+
+python tools/convert.py hf-to-megatron --input models/base --output models/base-megatron
+python tools/convert.py megatron-to-hf --input runs/orz/checkpoint --output models/trained --dtype bfloat16
+python tools/convert.py verify --first models/base --second models/base-megatron --text "1 + 1 ="
+python tools/convert.py inspect --input models/base-megatron
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeAlias
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from megatron_orz.config import DType
+from megatron_orz.conversion.convert import Conversion, plan_hf_to_megatron, plan_megatron_to_hf
+from megatron_orz.conversion.inspection import list_tensors
+from megatron_orz.conversion.safetensors_file import TORCH_DTYPES
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFToMegatron:
+    """Writes a distributed checkpoint that every layout of Megatron ranks loads.
+
+    A checkpoint with a `score.weight` becomes a critic.
+    """
+
+    input: Path
+    """Hugging Face checkpoint: config.json, safetensors, tokenizer."""
+    output: Path
+    """A directory that does not exist; an interrupted conversion into it is continued."""
+    dtype: DType | None = None
+    """Type to convert the weights to; by default every tensor keeps its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MegatronToHF:
+    """Writes a Hugging Face checkpoint from a distributed checkpoint, whatever layout saved it.
+
+    A critic becomes a token classifier with one label.
+    """
+
+    input: Path
+    """Distributed checkpoint (torch_dist)."""
+    output: Path
+    """A directory that does not exist; an interrupted conversion into it is continued."""
+    dtype: DType | None = None
+    """Type to convert the weights to; by default every tensor keeps its own."""
+    companions: Path | None = None
+    """Directory with config.json and tokenizer; by default that of the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Runs two checkpoints on a text and prints the largest difference of their outputs.
+
+    A Hugging Face checkpoint is run by transformers, a distributed one by megatron-core. Exit code 1 means that they
+    differ by more than the tolerance.
+    """
+
+    first: Path
+    """Checkpoint of either form; its tokenizer reads the text."""
+    second: Path
+    """Checkpoint of either form."""
+    text: str = "The quick brown fox jumps over the lazy dog. 12 + 30 = 42, and 42 / 6 = 7."
+    """What both models read."""
+    dtype: DType = "float32"
+    """Type in which both models run."""
+    tolerance: float = 1e-3
+    """Largest absolute difference of logits, or of a critic's values, that counts as equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Lists the tensors of a checkpoint of either form: shape, type and size."""
+
+    input: Path
+    """The checkpoint."""
+
+
+Command: TypeAlias = (
+    Annotated[HFToMegatron, tyro.conf.subcommand("hf-to-megatron")]
+    | Annotated[MegatronToHF, tyro.conf.subcommand("megatron-to-hf")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def main() -> None:
+    command: Command = tyro.cli(Command, description=__doc__)
+    try:
+        sys.exit(run(command))
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    except (ValueError, RuntimeError) as error:
+        if os.environ.get("ORZ_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(command: Command) -> int:
+    if isinstance(command, Verify):
+        return verify(command)
+    if isinstance(command, Inspect):
+        return inspect(command.input)
+    dtype = TORCH_DTYPES[command.dtype] if command.dtype else None
+    if isinstance(command, HFToMegatron):
+        return convert(plan_hf_to_megatron(command.input, command.output, dtype=dtype))
+    return convert(plan_megatron_to_hf(command.input, command.output, dtype=dtype, companions=command.companions))
+
+
+def convert(conversion: Conversion) -> int:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    progress = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+    with progress:
+        task = progress.add_task(f"writing {conversion.target.name}", total=conversion.num_bytes)
+        is_new = conversion.run(lambda num_bytes: progress.advance(task, num_bytes))
+        progress.update(task, completed=conversion.num_bytes)
+    print(conversion.target if is_new else f"{conversion.target} is complete already")
+    return 0
+
+
+def verify(command: Verify) -> int:
+    # Importing megatron-core takes seconds.
+    from transformers import AutoTokenizer
+
+    from megatron_orz.engine.outputs import megatron_outputs, transformers_outputs
+    from megatron_orz.engine.torch_dist import is_torch_dist
+
+    token_ids = AutoTokenizer.from_pretrained(command.first, local_files_only=True)(command.text)["input_ids"]
+    first, second = (
+        (megatron_outputs if is_torch_dist(path) else transformers_outputs)(path, token_ids, command.dtype)
+        for path in (command.first, command.second)
+    )
+    if first.shape != second.shape:
+        raise ValueError(
+            f"{command.first} gives outputs of shape {list(first.shape)}, {command.second} of {list(second.shape)}; "
+            "name two checkpoints of the same model"
+        )
+    difference = float((first - second).abs().max())
+    print(
+        f"largest difference {difference:.3g} over {len(token_ids)} tokens; "
+        f"the largest output is {float(first.abs().max()):.3g}"
+    )
+    return int(not difference <= command.tolerance)
+
+
+def inspect(path: Path) -> int:
+    tensors = list(list_tensors(path))
+    for tensor in tensors:
+        print(f"{tensor.name:<80} {tensor.dtype:<9} {tensor.num_bytes:>14,} {list(tensor.shape)}")
+    total = sum(tensor.num_bytes for tensor in tensors)
+    print(f"{len(tensors)} tensors, {total:,} bytes ({total / 2**30:.2f} GiB)")
+    return 0
+
+
+if __name__ == "__main__":
+    main()
