@@ -9,10 +9,13 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../checks.h"
+#include "simd.h"
 
 namespace megatron_orz {
 namespace {
@@ -23,14 +26,14 @@ constexpr int64_t kUnroll = 8;
 // Threads pay off from about this many tokens.
 constexpr int64_t kTokensPerTask = 16384;
 
-// The powers of gamma lambda are (gamma lambda)^1 .. (gamma lambda)^kUnroll.
 struct Discount {
   double gamma;
-  std::array<double, kUnroll> powers;
+  double decay;  // gamma lambda
+  std::array<double, kUnroll + 1> powers;  // decay^0 .. decay^kUnroll
 
-  Discount(double gamma, double gae_lambda) : gamma(gamma) {
+  Discount(double gamma, double gae_lambda) : gamma(gamma), decay(gamma * gae_lambda) {
     double power = 1;
-    for (double& p : powers) p = power *= gamma * gae_lambda;
+    for (double& p : powers) p = std::exchange(power, power * decay);
   }
 };
 
@@ -47,63 +50,87 @@ Moments combine(const Moments& a, const Moments& b) {
   return {count, a.mean + difference * share, a.m2 + b.m2 + difference * difference * a.count * share};
 }
 
-// term(0) + ... + term(n - 1)
-template <typename Term>
-double sum(int64_t n, Term term) {
-  double sums[kUnroll] = {};
-  int64_t t = 0;
-  for (; t + kUnroll <= n; t += kUnroll) {
-    for (int64_t i = 0; i < kUnroll; ++i) sums[i] += term(t + i);
+// The arrays of ops.h, from a sequence's first token on.
+template <typename T>
+struct Sequence {
+  const T *rewards, *values;
+  const bool* mask;
+  T *advantages, *returns;
+  int64_t length;
+};
+
+// Tokens [start, start + n), n at most kUnroll; returns the advantage of the first. The advantages as if the sequence
+// ended with the block come first; `next_advantage` is added after, the only step that waits for the block behind.
+template <typename T>
+ALWAYS_INLINE double gae_of_block(
+    const Sequence<T>& s, int64_t start, int64_t n, double next_advantage, const Discount& d) {
+  const T* values = s.values + start;
+  double a[kUnroll] = {};
+  for (int64_t i = 0; i < n - 1; ++i) a[i] = s.rewards[start + i] + d.gamma * values[i + 1] - values[i];
+  const double next_value = start + n < s.length ? values[n] : T(0);
+  a[n - 1] = s.rewards[start + n - 1] + d.gamma * next_value - values[n - 1];
+  for (int64_t i = n - 2; i >= 0; --i) a[i] += d.decay * a[i + 1];
+  for (int64_t i = 0; i < n; ++i) {
+    a[i] += d.powers[n - i] * next_advantage;
+    s.advantages[start + i] = static_cast<T>(a[i]);
+    s.returns[start + i] = static_cast<T>(a[i] + values[i]);
   }
-  for (; t < n; ++t) sums[0] += term(t);
-  double total = 0;
-  for (double s : sums) total += s;
-  return total;
+  return a[0];
 }
 
-template <typename scalar_t>
-Moments moments_of(const scalar_t* x, const bool* mask, int64_t n) {
-  const double count = sum(n, [&](int64_t t) { return mask[t] ? 1.0 : 0.0; });
-  if (count == 0) return {};
-  const double mean = sum(n, [&](int64_t t) { return mask[t] ? static_cast<double>(x[t]) : 0.0; }) / count;
-  const double m2 = sum(n, [&](int64_t t) {
-    const double deviation = mask[t] ? x[t] - mean : 0.0;
-    return deviation * deviation;
-  });
-  return {count, mean, m2};
+// Sums over some numbers of their distances from one of them, and of the squares.
+struct Sums {
+  int64_t count = 0;
+  double of_distances[kUnroll] = {}, of_squares[kUnroll] = {};
+};
+
+template <typename T>
+ALWAYS_INLINE void add_block(const Sequence<T>& s, int64_t start, int64_t n, double origin, Sums& sums) {
+  for (int64_t i = 0; i < n; ++i) sums.count += s.mask[start + i];
+  for (int64_t i = 0; i < n; ++i) {
+    const double distance = s.advantages[start + i] - origin;
+    const double counted = s.mask[start + i] ? distance : 0.0;
+    sums.of_distances[i] += counted;
+    sums.of_squares[i] += counted * counted;
+  }
 }
 
-// Every pointer is at the sequence's first token.
-template <typename scalar_t>
-void gae_of_sequence(
-    const scalar_t* rewards,
-    const scalar_t* values,
-    scalar_t* advantages,
-    scalar_t* returns,
-    int64_t length,
-    const Discount& discount) {
-  const double decay = discount.powers[0];
-  double next_value = 0;
-  double next_advantage = 0;
-  for (int64_t end = length; end > 0; end -= kUnroll) {
-    const int64_t start = std::max<int64_t>(0, end - kUnroll);
-    // The advantage as if the block were the end of the sequence; what follows it is added after, the only step for
-    // which the next block has to wait.
-    double alone[kUnroll];
-    double advantage = 0;
-    for (int64_t t = end - 1; t >= start; --t) {
-      const double value = values[t];
-      advantage = rewards[t] + discount.gamma * next_value - value + decay * advantage;
-      alone[t - start] = advantage;
-      next_value = value;
-    }
-    for (int64_t t = start; t < end; ++t) {
-      const double whole = alone[t - start] + discount.powers[end - 1 - t] * next_advantage;
-      advantages[t] = static_cast<scalar_t>(whole);
-      returns[t] = static_cast<scalar_t>(whole + values[t]);
-    }
-    next_advantage = alone[0] + discount.powers[end - 1 - start] * next_advantage;
+// A number is no farther from the mean of all than they are spread: its squared distances lose no digits.
+template <typename T>
+ALWAYS_INLINE Moments moments_of_advantages(const Sequence<T>& s) {
+  int64_t start = std::find(s.mask, s.mask + s.length, true) - s.mask;
+  if (start == s.length) return {};
+  const double origin = s.advantages[start];
+  Sums sums;
+  for (; start + kUnroll <= s.length; start += kUnroll) add_block(s, start, kUnroll, origin, sums);
+  add_block(s, start, s.length - start, origin, sums);
+  const double count = sums.count;
+  const double distance = std::accumulate(sums.of_distances, sums.of_distances + kUnroll, 0.0);
+  const double square = std::accumulate(sums.of_squares, sums.of_squares + kUnroll, 0.0);
+  return {count, origin + distance / count, std::max(0.0, square - distance * distance / count)};
+}
+
+template <typename T>
+ALWAYS_INLINE Moments gae_of_sequence(const Sequence<T>& s, const Discount& discount) {
+  int64_t start = s.length;
+  double advantage = 0;
+  while (start >= kUnroll) {
+    start -= kUnroll;
+    advantage = gae_of_block(s, start, kUnroll, advantage, discount);
   }
+  if (start > 0) gae_of_block(s, 0, start, advantage, discount);
+  return moments_of_advantages(s);
+}
+
+template <typename T>
+AVX2 Moments gae_of_sequence_avx2(const Sequence<T>& s, const Discount& discount) {
+  return gae_of_sequence(s, discount);
+}
+
+template <typename T>
+Moments gae(const Sequence<T>& s, const Discount& discount) {
+  static const bool use_avx2 = has_avx2();
+  return use_avx2 ? gae_of_sequence_avx2(s, discount) : gae_of_sequence(s, discount);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_gae(
@@ -150,8 +177,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_gae(
       for (; i < num_sequences && bound[i] < last; ++i) {
         const int64_t t = bound[i];
         const int64_t length = bound[i + 1] - t;
-        gae_of_sequence(reward + t, value + t, advantage + t, ret + t, length, discount);
-        of_sequences[i] = moments_of(advantage + t, mask + t, length);
+        const Sequence<scalar_t> sequence{reward + t, value + t, mask + t, advantage + t, ret + t, length};
+        of_sequences[i] = gae(sequence, discount);
       }
     });
   });
