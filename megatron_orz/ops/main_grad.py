@@ -11,9 +11,6 @@ class WeightGradient(NamedTuple):
 
     Megatron's `DistributedDataParallel` gives every parameter a `main_grad`, to which its hook adds what autograd
     brings. An op that adds to `main_grad` itself spares a copy of the weight, and the rounding to its type.
-
-    An op that knows its gradient in the forward pass has added it before the loss can be scaled. Such a loss must be
-    backpropagated exactly once with gradient 1, or `main_grad` is wrong: any other gradient is an error.
     """
 
     weight: Tensor
@@ -32,17 +29,6 @@ class WeightGradient(NamedTuple):
         """The gradient that autograd has to be given."""
         return self._for_hook() if self.is_main_grad else self.sum.to(self.weight.dtype)
 
-    def for_autograd_of(self, grad_loss: Tensor) -> Tensor | None:
-        """The same, after `sum` was made in the forward pass of a loss with this gradient, a scalar.
-
-        Raises RuntimeError for a gradient that comes too late (on CUDA, asynchronously, as a device-side assertion).
-        """
-        if not self.is_main_grad:
-            return (self.sum * grad_loss).to(self.weight.dtype)
-        message = "this loss has added its gradient to main_grad already, and cannot be scaled any more"
-        torch._assert_async(grad_loss == 1, message)
-        return self._for_hook()
-
     def _for_hook(self) -> Tensor | None:
         """What Megatron's hook expects for a weight whose `main_grad` is complete, as from Megatron's own layers.
 
@@ -54,6 +40,34 @@ class WeightGradient(NamedTuple):
             return None
         self.weight.grad_added_to_main_grad = True
         return torch.empty_like(self.weight)
+
+
+class LossGradients:
+    """The gradients of a loss in its hidden states and its weight, made in the forward pass. They serve once.
+
+    What is in `main_grad` was added before the loss could be scaled. Such a loss must be backpropagated with gradient
+    1, and whoever makes it must backpropagate it, or `main_grad` is wrong.
+    """
+
+    def __init__(self, d_hidden: Tensor, d_weight: WeightGradient) -> None:
+        self._gradients: tuple[Tensor, WeightGradient] | None = (d_hidden, d_weight)
+
+    def for_autograd(self, grad_loss: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Those of hidden and weight, for a gradient of the loss, a scalar.
+
+        Raises RuntimeError when called again, and, unless `grad_loss` is 1, where the weight has a `main_grad` (on CUDA
+        asynchronously, as a device-side assertion).
+        """
+        if self._gradients is None:
+            raise RuntimeError("this loss was backpropagated already, and its gradients are gone")
+        (d_hidden, d_weight), self._gradients = self._gradients, None
+        if d_weight.is_main_grad:
+            message = "this loss has added its gradient to main_grad already, and cannot be scaled any more"
+            torch._assert_async(grad_loss == 1, message)
+        else:
+            d_hidden.mul_(grad_loss)
+            d_weight.sum.mul_(grad_loss)
+        return d_hidden, d_weight.for_autograd()
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

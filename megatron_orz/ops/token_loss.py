@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_orz.ops.checks import check_head
 from megatron_orz.ops.log_prob import linear_log_prob
-from megatron_orz.ops.main_grad import WeightGradient, wide
+from megatron_orz.ops.main_grad import LossGradients, WeightGradient, wide
 from megatron_orz.ops.vocabulary import (
     Shard,
     dlogits,
@@ -95,11 +95,11 @@ class _LinearTokenLoss(torch.autograd.Function):
         temperature: float,
         shard: Shard,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.d_weight = WeightGradient.of(weight)
+        weight_gradient = WeightGradient.of(weight)
         n, v, dtype = hidden.shape[0], shard.num_rows, wide(hidden.dtype)
         is_in_place = factor_dtype(hidden) == dtype
         chunk, part = _chunk_tokens(hidden, weight, is_in_place=is_in_place)
-        weight, d_weight = weight[:v], ctx.d_weight.sum[:v]
+        weight, d_weight = weight[:v], weight_gradient.sum[:v]
         num_rows = max(v, 1) if factor_dtype(weight) == weight.dtype else UPCAST_ROWS
         all_logits = hidden.new_empty(min(part, n), v, dtype=dtype)
         all_d = all_logits if is_in_place else hidden.new_empty(min(chunk, n), v)
@@ -129,15 +129,14 @@ class _LinearTokenLoss(torch.autograd.Function):
                 multiply_add(d[:, block].t(), x, out=d_weight[block])
             if reduction is not None:
                 reduction.wait()
-        ctx.d_hidden = d_hidden.to(hidden.dtype)
+        ctx.gradients = LossGradients(d_hidden.to(hidden.dtype), weight_gradient)
         ctx.mark_non_differentiable(log_probs, entropy)
         return total, log_probs, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        d_weight = ctx.d_weight.for_autograd_of(grad_loss)
-        return ctx.d_hidden * grad_loss, d_weight, None, None, None, None, None
+        return *ctx.gradients.for_autograd(grad_loss), None, None, None, None, None
 
 
 def _gradients(loss: TokenLoss, index: Tensor, log_probs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_orz.ops import extension, reference
 from megatron_orz.ops.checks import check_value_head
-from megatron_orz.ops.main_grad import WeightGradient
+from megatron_orz.ops.main_grad import LossGradients, WeightGradient
 from megatron_orz.ops.reference import clipped_squared_error
 
 if extension.NOT_BUILT is None:
@@ -54,16 +54,17 @@ class _LinearValueLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip_eps: float
     ) -> tuple[Tensor, Tensor]:
-        ctx.d_head = WeightGradient.of(head)
+        d_head = WeightGradient.of(head)
         kernel = extension.has_kernel("packed_value_loss", hidden.device.type, hidden.dtype)
         op = torch.ops.megatron_orz.packed_value_loss if kernel else reference.packed_value_loss
-        values, ctx.d_hidden = op(
-            hidden.contiguous(), head[0], old_values, returns, weights, clip_eps, d_head=ctx.d_head.sum[0]
+        values, d_hidden = op(
+            hidden.contiguous(), head[0], old_values, returns, weights, clip_eps, d_head=d_head.sum[0]
         )
+        ctx.gradients = LossGradients(d_hidden, d_head)
         ctx.mark_non_differentiable(values)
         return _weighted_sum(values, old_values, returns, weights, clip_eps), values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return ctx.d_hidden * grad_loss, ctx.d_head.for_autograd_of(grad_loss), None, None, None, None
+        return *ctx.gradients.for_autograd(grad_loss), None, None, None, None

@@ -160,6 +160,13 @@ def test_a_scaled_loss_has_scaled_gradients() -> None:
     torch.testing.assert_close(gradients[1], [3 * gradient for gradient in gradients[0]])
 
 
+def test_a_loss_is_backpropagated_once() -> None:
+    total, *_ = fused(random_head(20, 16, 64), made_up, *random_head(20, 16, 64).leaves())
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="already"):
+        total.backward()
+
+
 def test_weight_gradient_is_added_to_main_grad_which_no_scale_can_reach(device: torch.device) -> None:
     head = random_head(61, 24, 333, torch.bfloat16, device)
     hidden, weight = head.leaves()
