@@ -34,22 +34,9 @@ ALWAYS_INLINE T dot(const T* x, const T* y, int64_t n) {
   return sum_of<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-AVX2 float dot_avx2(const float* x, const float* y, int64_t n) {
-  return dot(x, y, n);
-}
-
-template <typename T>
-T dot_of_rows(const T* x, const T* y, int64_t n) {
-  static const bool use_avx2 = has_avx2();
-  if constexpr (std::is_same_v<T, float>) {
-    if (use_avx2) return dot_avx2(x, y, n);
-  }
-  return dot(x, y, n);
-}
-
 // The gradient of half the larger square with respect to the value.
 template <typename T>
-T error_gradient(T value, T old_value, T ret, T clip_eps) {
+ALWAYS_INLINE T error_gradient(T value, T old_value, T ret, T clip_eps) {
   const T error = value - ret;
   if (clip_eps > 0) {
     // A value within the range comes back unchanged, to the last bit.
@@ -71,10 +58,11 @@ struct Arrays {
   Wide<scalar_t>* values;
   scalar_t* d_hidden;
   int64_t H;
+  Wide<scalar_t> clip_eps;
 };
 
 template <typename scalar_t>
-const Wide<scalar_t>* widen(const scalar_t* row, int64_t n, Wide<scalar_t>* buffer) {
+ALWAYS_INLINE const Wide<scalar_t>* widen(const scalar_t* row, int64_t n, Wide<scalar_t>* buffer) {
   if constexpr (std::is_same_v<scalar_t, Wide<scalar_t>>) {
     return row;
   } else {
@@ -83,21 +71,29 @@ const Wide<scalar_t>* widen(const scalar_t* row, int64_t n, Wide<scalar_t>* buff
   }
 }
 
-// d_head: [H], added to; buffer: [H], for a row in float32.
+// Rows [first, last). d_head: [H], added to; buffer: [H], for a row in float32.
 template <typename scalar_t>
-void do_row(
-    const Arrays<scalar_t>& a, int64_t t, Wide<scalar_t> clip_eps, Wide<scalar_t>* d_head, Wide<scalar_t>* buffer) {
-  const Wide<scalar_t>* row = widen(a.hidden + t * a.H, a.H, buffer);
-  scalar_t* d_row = a.d_hidden + t * a.H;
-  const Wide<scalar_t> value = dot_of_rows(row, a.head, a.H);
-  a.values[t] = value;
-  if (a.weights[t] == 0) {
-    std::fill_n(d_row, a.H, scalar_t(0));
-    return;
+ALWAYS_INLINE void do_rows(
+    const Arrays<scalar_t>& a, int64_t first, int64_t last, Wide<scalar_t>* d_head, Wide<scalar_t>* buffer) {
+  for (int64_t t = first; t < last; ++t) {
+    const Wide<scalar_t>* row = widen(a.hidden + t * a.H, a.H, buffer);
+    scalar_t* d_row = a.d_hidden + t * a.H;
+    const Wide<scalar_t> value = dot(row, a.head, a.H);
+    a.values[t] = value;
+    if (a.weights[t] == 0) {
+      std::fill_n(d_row, a.H, scalar_t(0));
+      continue;
+    }
+    const Wide<scalar_t> d_value = a.weights[t] * error_gradient(value, a.old_values[t], a.returns[t], a.clip_eps);
+    for (int64_t i = 0; i < a.H; ++i) d_row[i] = static_cast<scalar_t>(d_value * a.head[i]);
+    for (int64_t i = 0; i < a.H; ++i) d_head[i] += d_value * row[i];
   }
-  const Wide<scalar_t> d_value = a.weights[t] * error_gradient(value, a.old_values[t], a.returns[t], clip_eps);
-  for (int64_t i = 0; i < a.H; ++i) d_row[i] = static_cast<scalar_t>(d_value * a.head[i]);
-  for (int64_t i = 0; i < a.H; ++i) d_head[i] += d_value * row[i];
+}
+
+template <typename scalar_t>
+AVX2 void do_rows_avx2(
+    const Arrays<scalar_t>& a, int64_t first, int64_t last, Wide<scalar_t>* d_head, Wide<scalar_t>* buffer) {
+  do_rows(a, first, last, d_head, buffer);
 }
 
 std::tuple<at::Tensor, at::Tensor> packed_value_loss(
@@ -133,6 +129,7 @@ std::tuple<at::Tensor, at::Tensor> packed_value_loss(
   at::Tensor d_hidden = at::empty_like(hidden);
   at::Tensor d_heads = at::zeros({num_blocks, H}, r.options());
 
+  static const bool use_avx2 = has_avx2();
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kBFloat16, at::kHalf, hidden.scalar_type(), "packed_value_loss", [&] {
     using wide_t = Wide<scalar_t>;
     const Arrays<scalar_t> arrays{
@@ -143,14 +140,17 @@ std::tuple<at::Tensor, at::Tensor> packed_value_loss(
         per_token.const_data_ptr<wide_t>(),
         values.mutable_data_ptr<wide_t>(),
         d_hidden.mutable_data_ptr<scalar_t>(),
-        H};
+        H,
+        static_cast<wide_t>(clip_eps)};
     auto* d_head_of_block = d_heads.mutable_data_ptr<wide_t>();
     at::parallel_for(0, num_blocks, 1 + rows_per_task(H) / kRowsPerBlock, [&](int64_t first, int64_t last) {
       std::vector<wide_t> buffer(H);
       for (int64_t block = first; block < last; ++block) {
-        const int64_t end = std::min(T, (block + 1) * kRowsPerBlock);
-        for (int64_t t = block * kRowsPerBlock; t < end; ++t) {
-          do_row<scalar_t>(arrays, t, clip_eps, d_head_of_block + block * H, buffer.data());
+        const int64_t start = block * kRowsPerBlock, end = std::min(T, start + kRowsPerBlock);
+        if (use_avx2) {
+          do_rows_avx2(arrays, start, end, d_head_of_block + block * H, buffer.data());
+        } else {
+          do_rows(arrays, start, end, d_head_of_block + block * H, buffer.data());
         }
       }
     });
