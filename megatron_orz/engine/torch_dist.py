@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ class TorchDistCheckpoint:
         info = self._storage[key, offsets]
         file = self.path / info.relative_path
         try:
-            with open(file, "rb") as stream:
+            with open(file, "rb", buffering=0) as stream:
                 stream.seek(info.offset)
                 part: Any = _Slice(stream, info.length)
                 tensor: Tensor = torch.load(part, map_location="cpu", weights_only=True)
@@ -174,7 +174,7 @@ class TorchDistCheckpoint:
 class _Slice(io.RawIOBase):
     """A part of a file from where it stands, as a file of its own."""
 
-    def __init__(self, stream: BinaryIO, length: int) -> None:
+    def __init__(self, stream: io.FileIO, length: int) -> None:
         self._stream, self._start, self._length = stream, stream.tell(), length
 
     def readable(self) -> bool:
@@ -194,9 +194,7 @@ class _Slice(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         left = max(0, self._length - self.tell())
         with memoryview(buffer) as view:
-            content = self._stream.read(min(left, view.nbytes))
-            view[: len(content)] = content
-        return len(content)
+            return self._stream.readinto(view[:left])
 
 
 def _overlap(
