@@ -133,7 +133,7 @@ def swapped_tp_slices() -> Mend:
             chunks, path, architecture, replace(mesh, tp_rank=1 - mesh.tp_rank), **kwargs
         )
 
-    return _swap(weights, "load_hf", swap)
+    return _swap(weights, "load", swap)
 
 
 def decayed_norms() -> Mend:
