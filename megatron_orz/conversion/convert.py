@@ -119,10 +119,10 @@ def plan_megatron_to_hf(
             layout = {name: place for entry in entries for name, place in layouts[entry.megatron_name].items()}
             file = SafetensorsWriter(stream, layout, advance)
             for entry in entries:
-                for name, part in zip(entry.hf, checkpoint.read(entry, architecture), strict=True):
-                    file.write(name, part)
+                for name, pieces in zip(entry.hf, checkpoint.read(entry, architecture), strict=True):
+                    file.write(name, pieces)
                 if "score.weight" in entry.hf:
-                    file.write("score.bias", torch.zeros(1))
+                    file.write("score.bias", [torch.zeros(1)])
 
         return write
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import BinaryIO
 
 import torch
@@ -15,7 +15,7 @@ from megatron_orz.conversion.resumable import Advance
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-BUFFER_BYTES = 64 * 2**20
+BUFFER_BYTES = 16 * 2**20
 
 
 class SafetensorsWriter:
@@ -39,14 +39,19 @@ class SafetensorsWriter:
         text += b" " * (-len(text) % 8)
         write_all(stream, memoryview(len(text).to_bytes(8, "little") + text))
 
-    def write(self, name: str, tensor: Tensor) -> None:
+    def write(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """pieces: the rows of the tensor, in runs."""
         expected, (shape, dtype) = self._pending.pop(0)
-        assert (name, tuple(tensor.shape)) == (expected, shape)
-        flat = tensor.reshape(-1)
-        for part in flat.split(BUFFER_BYTES // dtype.itemsize):
-            content = part.to(dtype).view(torch.uint8).numpy()
-            write_all(self._stream, memoryview(content))
-            self._advance(content.nbytes)
+        assert name == expected
+        num_elements = 0
+        for piece in pieces:
+            assert tuple(piece.shape[1:]) == shape[1:]
+            num_elements += piece.numel()
+            for part in piece.reshape(-1).split(BUFFER_BYTES // dtype.itemsize):
+                content = part.to(dtype).view(torch.uint8).numpy()
+                write_all(self._stream, memoryview(content))
+                self._advance(content.nbytes)
+        assert num_elements == math.prod(shape)
 
 
 def write_all(stream: BinaryIO, content: memoryview) -> None:

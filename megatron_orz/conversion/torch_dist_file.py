@@ -28,8 +28,9 @@ from megatron_orz.conversion.resumable import Advance
 from megatron_orz.conversion.safetensors_file import write_all
 from megatron_orz.engine.torch_dist import COMMON_FILE, CONTENT, FORMAT, FORMAT_FILE
 
-CHUNK_BYTES = 256 * 2**20
-"""Largest chunk of a tensor; readers hold one of them at a time."""
+CHUNK_BYTES = 16 * 2**20
+"""Largest chunk of a tensor. Readers hold one at a time, in memory that the C library hands out again and again: what
+is larger than 32 MiB it takes from the system anew, which costs more than the copy."""
 
 
 @dataclass(frozen=True, kw_only=True)

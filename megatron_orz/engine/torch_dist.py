@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,36 +97,46 @@ class TorchDistCheckpoint:
     def dtype(self, entry: Entry, architecture: Architecture) -> torch.dtype:
         return self.tensors[self._key(entry, architecture)].properties.dtype
 
-    def read(self, entry: Entry, architecture: Architecture) -> list[Tensor]:
-        """The Hugging Face tensors of a parameter."""
-        if not entry.layout.is_stack:
-            return entry.layout.split(self._read_rows(entry, architecture, 0, entry.shape[0]))
-        starts = itertools.accumulate((shape[0] for shape in entry.hf.values()), initial=0)
-        return [self._read_rows(entry, architecture, *rows) for rows in itertools.pairwise(starts)]
+    def read(self, entry: Entry, architecture: Architecture) -> Iterator[Iterator[Tensor]]:
+        """Each Hugging Face tensor of a parameter, in pieces of its rows; no piece is larger than a stored chunk is,
+        unless several chunks lie side by side in its rows, or the parameter has to be taken apart."""
+        if entry.layout.is_stack:
+            starts = itertools.accumulate((shape[0] for shape in entry.hf.values()), initial=0)
+            for start, end in itertools.pairwise(starts):
+                yield self._read_rows(entry, architecture, start, end)
+        else:
+            whole = torch.cat(list(self._read_rows(entry, architecture, 0, entry.shape[0])))
+            yield from (iter([part]) for part in entry.layout.split(whole))
 
-    def _read_rows(self, entry: Entry, architecture: Architecture, start: int, end: int) -> Tensor:
-        """Rows of a parameter, assembled from the chunks that hold them."""
-        key, shape = self._key(entry, architecture), (end - start, *entry.shape[1:])
+    def _read_rows(self, entry: Entry, architecture: Architecture, start: int, end: int) -> Iterator[Tensor]:
+        key, columns = self._key(entry, architecture), entry.shape[1:]
         # An expert is one row of the first dimension.
         leading = () if entry.expert is None else (entry.expert,)
-        offsets = (*leading, start, *(0 for _ in shape[1:]))
-        sizes = (*(1 for _ in leading), *shape)
-        whole, num_read = None, 0
-        for chunk in self.tensors[key].chunks:
-            overlap = _overlap(offsets, sizes, chunk.offsets, chunk.sizes)
-            if overlap is None:
-                continue
-            tensor = self._read_chunk(key, tuple(chunk.offsets))
-            if tuple(chunk.offsets) == offsets and tuple(chunk.sizes) == sizes:
-                return tensor.view(shape)
-            if whole is None:
-                whole = torch.empty(sizes, dtype=tensor.dtype)
-            in_whole, in_chunk = overlap
-            whole[in_whole] = tensor[in_chunk]
-            num_read += whole[in_whole].numel()
-        if whole is None or num_read != whole.numel():
+        offsets = (*leading, start, *(0 for _ in columns))
+        sizes = (*(1 for _ in leading), end - start, *columns)
+        axis = len(leading)
+        found = [
+            (tuple(chunk.offsets), overlap)
+            for chunk in self.tensors[key].chunks
+            if (overlap := _overlap(offsets, sizes, chunk.offsets, chunk.sizes))
+        ]
+        found.sort(key=lambda chunk: [part.start for part in chunk[1][0]])
+        num_found = sum(math.prod(part.stop - part.start for part in region) for _, (region, _) in found)
+        if num_found != math.prod(sizes):
             raise ValueError(f"{self.path} holds {key} in part only; save or copy the checkpoint again")
-        return whole.view(shape)
+        spans_columns = all(
+            part.stop - part.start == size
+            for _, (region, _) in found
+            for part, size in zip(region[axis + 1 :], columns, strict=True)
+        )
+        if spans_columns:
+            for chunk_offsets, (_, in_chunk) in found:
+                yield self._read_chunk(key, chunk_offsets)[in_chunk].view(-1, *columns)
+            return
+        whole = torch.empty(sizes, dtype=self.tensors[key].properties.dtype)
+        for chunk_offsets, (region, in_chunk) in found:
+            whole[region] = self._read_chunk(key, chunk_offsets)[in_chunk]
+        yield whole.view(-1, *columns)
 
     def _key(self, entry: Entry, architecture: Architecture) -> str:
         """Raises ValueError when there is none. Norms may go by either of their names."""

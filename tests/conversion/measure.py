@@ -57,7 +57,7 @@ def write_random_model(path: Path, shape: str) -> int:
             stream, {name: (shape, torch.bfloat16) for name, shape in tensors.items()}, lambda _: None
         )
         for name, shape_of in tensors.items():
-            file.write(name, noise[: math.prod(shape_of)].view(shape_of))
+            file.write(name, [noise[: math.prod(shape_of)].view(shape_of)])
     return sum(math.prod(shape) for shape in tensors.values()) * 2
 
 
