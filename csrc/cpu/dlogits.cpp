@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "simd.h"
 
 namespace megatron_orz {
@@ -51,23 +51,10 @@ void dlogits(
     int64_t vocab_start,
     double scale,
     at::Tensor& out) {
-  CHECK_2D(logits);
-  CHECK_CONTIGUOUS(logits);
+  check_dlogits(logits, targets, log_sum_exp, entropy, grad_log_prob, grad_entropy, out);
+  CHECK_SAME_DTYPE(logits, out);
   const int64_t n = logits.size(0);
   const int64_t v = logits.size(1);
-  CHECK_SHAPE(targets, n);
-  CHECK_DTYPE(targets, at::kLong);
-  for (const at::Tensor* of_row : {&log_sum_exp, &entropy, &grad_log_prob, &grad_entropy}) {
-    CHECK_SHAPE(*of_row, n);
-    CHECK_SAME_DTYPE(logits, *of_row);
-    CHECK_CONTIGUOUS(*of_row);
-    CHECK_SAME_DEVICE(logits, *of_row);
-  }
-  CHECK_SAME_SHAPE(logits, out);
-  CHECK_SAME_DTYPE(logits, out);
-  CHECK_CONTIGUOUS(out);
-  CHECK_SAME_DEVICE(logits, targets);
-  CHECK_SAME_DEVICE(logits, out);
 
   const at::Tensor ids = targets.contiguous();
   AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "dlogits", [&] {

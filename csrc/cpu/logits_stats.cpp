@@ -8,7 +8,7 @@
 #include <limits>
 #include <type_traits>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "simd.h"
 
 namespace megatron_orz {
@@ -65,13 +65,9 @@ void softmax_sums_of_row(const T* z, int64_t num_columns, T scale, bool entropy,
 
 at::Tensor logits_stats(
     const at::Tensor& logits, const at::Tensor& targets, int64_t vocab_start, double scale, bool entropy) {
-  CHECK_2D(logits);
-  CHECK_CONTIGUOUS(logits);
+  check_block(logits, targets);
   const int64_t n = logits.size(0);
   const int64_t v = logits.size(1);
-  CHECK_SHAPE(targets, n);
-  CHECK_DTYPE(targets, at::kLong);
-  CHECK_SAME_DEVICE(logits, targets);
 
   const at::Tensor ids = targets.contiguous();
   at::Tensor stats = at::empty({n, 4}, logits.options());

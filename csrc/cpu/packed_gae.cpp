@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "simd.h"
 
 namespace megatron_orz {
@@ -140,17 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_gae(
     const at::Tensor& loss_mask,
     double gamma,
     double gae_lambda) {
-  CHECK_1D(rewards);
-  CHECK_SAME_SHAPE(rewards, values);
-  CHECK_SAME_DTYPE(rewards, values);
-  CHECK_SAME_DEVICE(rewards, values);
-  CHECK_SAME_SHAPE(rewards, loss_mask);
-  CHECK_DTYPE(loss_mask, at::kBool);
-  CHECK_SAME_DEVICE(rewards, loss_mask);
-  CHECK_1D(cu_seqlens);
-  CHECK_DTYPE(cu_seqlens, at::kInt);
-  CHECK_SAME_DEVICE(rewards, cu_seqlens);
-
+  check_packed_gae(rewards, values, cu_seqlens, loss_mask);
   const int64_t num_tokens = rewards.numel();
   const at::Tensor bounds = cu_seqlens.contiguous();
   check_boundaries(bounds, num_tokens);

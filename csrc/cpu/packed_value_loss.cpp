@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "simd.h"
 
 namespace megatron_orz {
@@ -104,23 +104,10 @@ std::tuple<at::Tensor, at::Tensor> packed_value_loss(
     const at::Tensor& weights,
     double clip_eps,
     at::Tensor& d_head) {
-  CHECK_2D(hidden);
-  CHECK_CONTIGUOUS(hidden);
+  check_packed_value_loss(hidden, head, old_values, returns, weights, d_head);
   const int64_t T = hidden.size(0);
   const int64_t H = hidden.size(1);
   const at::ScalarType wide = hidden.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  CHECK_SHAPE(head, H);
-  CHECK_SAME_DTYPE(hidden, head);
-  CHECK_SAME_DEVICE(hidden, head);
-  for (const at::Tensor* of_token : {&old_values, &returns, &weights}) {
-    CHECK_SHAPE(*of_token, T);
-    CHECK_DTYPE(*of_token, wide);
-    CHECK_SAME_DEVICE(hidden, *of_token);
-  }
-  CHECK_SHAPE(d_head, H);
-  CHECK_DTYPE(d_head, wide);
-  CHECK_CONTIGUOUS(d_head);
-  CHECK_SAME_DEVICE(hidden, d_head);
 
   const at::Tensor w = head.to(wide).contiguous();
   const at::Tensor v_old = old_values.contiguous(), r = returns.contiguous(), per_token = weights.contiguous();

@@ -13,7 +13,7 @@
 
 #include <tuple>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "kernels.h"
 
 namespace megatron_orz {
@@ -40,19 +40,10 @@ at::Tensor workspace_of(size_t num_bytes, const at::Tensor& like) {
   return at::empty({static_cast<int64_t>(num_bytes)}, like.options().dtype(at::kByte));
 }
 
-void check_block(const at::Tensor& logits, const at::Tensor& targets) {
-  CHECK_2D(logits);
-  CHECK_DTYPE(logits, at::kFloat);
-  CHECK_CONTIGUOUS(logits);
-  const int64_t n = logits.size(0);
-  CHECK_SHAPE(targets, n);
-  CHECK_DTYPE(targets, at::kLong);
-  CHECK_SAME_DEVICE(logits, targets);
-}
-
 at::Tensor logits_stats(
     const at::Tensor& logits, const at::Tensor& targets, int64_t vocab_start, double scale, bool entropy) {
   check_block(logits, targets);
+  CHECK_DTYPE(logits, at::kFloat);
   const c10::cuda::CUDAGuard guard(logits.device());
   const at::Tensor ids = targets.contiguous();
   at::Tensor stats = at::empty({logits.size(0), 4}, logits.options());
@@ -73,17 +64,8 @@ void dlogits(
     int64_t vocab_start,
     double scale,
     at::Tensor& out) {
-  check_block(logits, targets);
-  const int64_t n = logits.size(0);
-  for (const at::Tensor* of_row : {&log_sum_exp, &entropy, &grad_log_prob, &grad_entropy}) {
-    CHECK_SHAPE(*of_row, n);
-    CHECK_DTYPE(*of_row, at::kFloat);
-    CHECK_CONTIGUOUS(*of_row);
-    CHECK_SAME_DEVICE(logits, *of_row);
-  }
-  CHECK_SAME_SHAPE(logits, out);
-  CHECK_CONTIGUOUS(out);
-  CHECK_SAME_DEVICE(logits, out);
+  check_dlogits(logits, targets, log_sum_exp, entropy, grad_log_prob, grad_entropy, out);
+  CHECK_DTYPE(logits, at::kFloat);
   TORCH_CHECK_VALUE(
       out.scalar_type() == at::kFloat || out.scalar_type() == at::kBFloat16 || out.scalar_type() == at::kHalf,
       "out must be float32, bfloat16 or float16, not ", out.scalar_type());
@@ -93,7 +75,7 @@ void dlogits(
   cuda::dlogits(
       logits.const_data_ptr<float>(), ids.const_data_ptr<int64_t>(), vocab_start, log_sum_exp.const_data_ptr<float>(),
       entropy.const_data_ptr<float>(), grad_log_prob.const_data_ptr<float>(), grad_entropy.const_data_ptr<float>(),
-      out.mutable_data_ptr(), dtype_of(out), n, logits.size(1), static_cast<float>(scale),
+      out.mutable_data_ptr(), dtype_of(out), logits.size(0), logits.size(1), static_cast<float>(scale),
       c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -106,8 +88,7 @@ std::tuple<at::Tensor, at::Tensor> packed_value_loss(
     const at::Tensor& weights,
     double clip_eps,
     at::Tensor& d_head) {
-  CHECK_2D(hidden);
-  CHECK_CONTIGUOUS(hidden);
+  check_packed_value_loss(hidden, head, old_values, returns, weights, d_head);
   const int64_t T = hidden.size(0);
   const int64_t H = hidden.size(1);
   TORCH_CHECK_VALUE(
@@ -116,18 +97,6 @@ std::tuple<at::Tensor, at::Tensor> packed_value_loss(
   TORCH_CHECK_VALUE(
       H <= cuda::kMaxValueHidden, "a hidden size of ", H, " is more than the ", cuda::kMaxValueHidden,
       " of which a row of float32 fits in shared memory");
-  CHECK_SHAPE(head, H);
-  CHECK_SAME_DTYPE(hidden, head);
-  CHECK_SAME_DEVICE(hidden, head);
-  for (const at::Tensor* of_token : {&old_values, &returns, &weights}) {
-    CHECK_SHAPE(*of_token, T);
-    CHECK_DTYPE(*of_token, at::kFloat);
-    CHECK_SAME_DEVICE(hidden, *of_token);
-  }
-  CHECK_SHAPE(d_head, H);
-  CHECK_DTYPE(d_head, at::kFloat);
-  CHECK_CONTIGUOUS(d_head);
-  CHECK_SAME_DEVICE(hidden, d_head);
 
   const c10::cuda::CUDAGuard guard(hidden.device());
   const at::Tensor w = head.contiguous();
@@ -154,19 +123,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> packed_gae(
     const at::Tensor& loss_mask,
     double gamma,
     double gae_lambda) {
-  CHECK_1D(rewards);
+  check_packed_gae(rewards, values, cu_seqlens, loss_mask);
   TORCH_CHECK_VALUE(
       rewards.scalar_type() == at::kFloat || rewards.scalar_type() == at::kDouble,
       "rewards must be float32 or float64, not ", rewards.scalar_type());
-  CHECK_SAME_SHAPE(rewards, values);
-  CHECK_SAME_DTYPE(rewards, values);
-  CHECK_SAME_DEVICE(rewards, values);
-  CHECK_SAME_SHAPE(rewards, loss_mask);
-  CHECK_DTYPE(loss_mask, at::kBool);
-  CHECK_SAME_DEVICE(rewards, loss_mask);
-  CHECK_1D(cu_seqlens);
-  CHECK_DTYPE(cu_seqlens, at::kInt);
-  CHECK_SAME_DEVICE(rewards, cu_seqlens);
   const int64_t num_sequences = cu_seqlens.numel() - 1;
   TORCH_CHECK_VALUE(num_sequences >= 0, "cu_seqlens must be [B + 1], not ", cu_seqlens.sizes());
 

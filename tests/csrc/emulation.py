@@ -147,7 +147,7 @@ def emulated_ops() -> Any:
     """torch.ops.emulated: the CUDA binding on CPU tensors. Compiled on first use."""
     launchers = Path(library()._name)
     sources = [HERE / "emulated_ops.cpp"]
-    headers = [CUDA / "bindings.cpp", CUDA / "kernels.h", CSRC / "ops.h", CSRC / "checks.h", *HERE.glob("c10/cuda/*.h")]
+    headers = [CUDA / "bindings.cpp", CUDA / "kernels.h", *CSRC.glob("*.h"), *HERE.glob("c10/cuda/*.h")]
     flags = ["-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror"]
     flags += [flag for path in include_paths() for flag in ("-isystem", path)]
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch_cpu", "-lc10"]

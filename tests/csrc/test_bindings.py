@@ -103,7 +103,7 @@ BAD_ARGUMENTS = {
     "strided logits": (bad("logits_stats", 0, normal(30, 5).t()), r"strides \[1, 5\]"),
     "too few targets": (bad("logits_stats", 1, TARGETS[:4]), r"\[n\] = \[5\], not Long \[4\]"),
     "targets of int32": (bad("logits_stats", 1, TARGETS.int()), "Long, not Int"),
-    "row numbers of bfloat16": (bad("dlogits", 3, normal(5).bfloat16()), "Float, not BFloat16"),
+    "row numbers of bfloat16": (bad("dlogits", 3, normal(5).bfloat16()), "one dtype, not Float and BFloat16"),
     "strided row numbers": (bad("dlogits", 5, normal(10)[::2]), r"strides \[2\]"),
     "out of another shape": (bad("dlogits", -1, normal(5, 31)), r"\[5, 30\] and \[5, 31\]"),
     "out of integers": (bad("dlogits", -1, torch.zeros(5, 30).int()), "not Int"),
