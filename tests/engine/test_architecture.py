@@ -17,13 +17,6 @@ from tests.engine import tiny
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny.save_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The config.json of every family, in a directory of its name."""
     path = tmp_path_factory.mktemp("configs")

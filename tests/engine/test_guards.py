@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,24 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_orz.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_orz.config import ModelConfig, OptimizerConfig
 from megatron_orz.engine.megatron_engine import PolicyEngine
-from megatron_orz.engine.parallel import Mesh, open_mesh
+from megatron_orz.engine.parallel import Mesh
 from megatron_orz.types import Experience, LossOutput, PolicyOutput
 from tests.engine import tiny
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny.save_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(ParallelConfig(), seed=0) as mesh:
-        yield mesh
 
 
 def engine(path: Path, mesh: Mesh) -> PolicyEngine:

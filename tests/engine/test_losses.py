@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,26 +10,13 @@ import torch
 from torch import Tensor
 
 from megatron_orz.algorithms.losses import ClippedValueLoss
-from megatron_orz.config import CriticConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_orz.config import CriticConfig, ModelConfig, OptimizerConfig
 from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
-from megatron_orz.engine.parallel import Mesh, open_mesh
+from megatron_orz.engine.parallel import Mesh
 from megatron_orz.types import Experience, LossOutput, Metrics, PolicyOutput
 from tests.engine import tiny
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-4)
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    tiny.save_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[Mesh]:
-    with open_mesh(ParallelConfig(), seed=0) as mesh:
-        yield mesh
 
 
 def packs() -> list[Experience]:
