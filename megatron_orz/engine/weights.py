@@ -20,7 +20,7 @@ from megatron_orz.engine.hf_checkpoint import HFCheckpoint
 from megatron_orz.engine.model import HeadlessGPTModel
 from megatron_orz.engine.parallel import Mesh
 from megatron_orz.engine.stages import stage_of_layer
-from megatron_orz.engine.torch_dist import is_torch_dist
+from megatron_orz.engine.torch_dist import FUSED_NORMS, is_torch_dist
 from megatron_orz.engine.weight_table import Cut, Entry, Layout, Replicated, weight_table
 from megatron_orz.types import NamedWeights
 
@@ -137,5 +137,6 @@ def global_parameters(chunks: Sequence[HeadlessGPTModel]) -> dict[str, torch.nn.
 
 def _unfused(name: str) -> str:
     """TransformerEngine keeps a norm in the projection after it; the table names it as a layer of its own."""
-    name = name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
-    return name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    for norm, fused in FUSED_NORMS.items():
+        name = name.replace(fused, norm)
+    return name
