@@ -39,6 +39,9 @@ def what_is_missing_for_cuda() -> str | None:
     nvcc = Path(CUDA_HOME or "/usr/local/cuda", "bin", "nvcc")
     if not nvcc.exists():
         return f"no {nvcc}; install the toolkit of CUDA {torch.version.cuda}, or set CUDA_HOME to where it is"
+    header = nvcc.parents[1] / "include" / "cuda_runtime.h"
+    if not header.exists():
+        return f"no {header}; set CUDA_HOME to the directory of the toolkit of CUDA {torch.version.cuda}"
     report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.\d+", report)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
