@@ -9,17 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import TypeVar
 
-import torch
-
-from megatron_orz.algorithms.advantages import estimate, explained_variance, whiten_advantages
+from megatron_orz.algorithms.advantages import estimate, whiten_advantages
 from megatron_orz.algorithms.losses import ClippedValueLoss, policy_loss
 from megatron_orz.config import Config
 from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog
+from megatron_orz.metrics.experience import experience_metrics
+from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.types import (
     Critic,
     DataParallel,
@@ -27,9 +27,7 @@ from megatron_orz.types import (
     Fleet,
     Grader,
     Metrics,
-    PackedBatch,
     Policy,
-    Rollout,
     Trainable,
 )
 
@@ -117,37 +115,3 @@ def update(
 def rollout_seed(seed: int, step: int) -> int:
     """A seed of its own for each step of each run."""
     return seed * 1_000_003 + step
-
-
-def rollout_metrics(rollouts: Sequence[Rollout]) -> Metrics:
-    """Rewards, lengths and endings of a step's rollouts, all of which every rank knows."""
-    grades = [rollout.grade for rollout in rollouts if rollout.grade is not None]
-    rewards = [grade.reward for grade in grades]
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
-    return {
-        "reward/mean": fmean(rewards),
-        "reward/std": pstdev(rewards),
-        "reward/timed_out": float(sum(grade.timed_out for grade in grades)),
-        "response/length_mean": fmean(lengths),
-        "response/length_max": float(max(lengths)),
-        "response/format_share": fmean(grade.is_formatted for grade in grades),
-        "response/truncated_share": fmean(rollout.finish_reason != "stop" for rollout in rollouts),
-    }
-
-
-def experience_metrics(experience: Sequence[Experience], ranks: DataParallel) -> Metrics:
-    """How far the servers' log-probabilities are from the trainer's own, and how good the critic is."""
-    differences = torch.cat([_mismatch(e, e.old_log_probs) for e in experience])
-    count = torch.tensor(float(differences.numel()))
-    largest = differences.max() if differences.numel() else torch.zeros(())
-    parts = ranks.dp_all_gather(torch.stack([count, differences.sum(), largest]))
-    return {
-        "log_prob_mismatch/mean": float(parts[:, 1].sum() / parts[:, 0].sum()),
-        "log_prob_mismatch/max": float(parts[:, 2].max()),
-        "critic/explained_variance": explained_variance(experience, ranks.dp_all_gather),
-    }
-
-
-def _mismatch(batch: PackedBatch, log_probs: torch.Tensor) -> torch.Tensor:
-    """|log pi_rollout - log pi_old| of the response tokens."""
-    return (batch.rollout_log_probs - log_probs)[batch.loss_mask].abs()
