@@ -63,12 +63,25 @@ class RunLog:
         log.record(step, metrics)
     """
 
-    def __init__(self, run_dir: Path, *, num_steps: int, is_main: bool = True, console: Console | None = None) -> None:
-        """num_steps: steps of the whole run, for display. Raises RunDirectoryError when run_dir cannot be written."""
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_steps: int,
+        is_main: bool = True,
+        console: Console | None = None,
+        on_progress: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        """Raises RunDirectoryError when run_dir cannot be written.
+
+        num_steps: steps of the whole run, for display.
+        on_progress: called with the name of a span or bar when it begins, when it ends, and for its finished items.
+        """
         self.run_dir = run_dir
         self.console = console or Console(quiet=not is_main, highlight=False)
         self._num_steps = num_steps
         self._is_main = is_main
+        self._on_progress = on_progress
         self._seconds: defaultdict[str, float] = defaultdict(float)
         if is_main:
             with _writing(run_dir):
@@ -92,10 +105,12 @@ class RunLog:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Adds the seconds spent inside to `time/<name>_s` of the next record."""
+        self._on_progress(name)
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._on_progress(name)
             self._seconds[f"time/{name}_s"] += time.perf_counter() - start
 
     @contextmanager
@@ -105,12 +120,17 @@ class RunLog:
         Draws nothing unless this is the main rank on an interactive terminal.
         """
         if not (self._is_main and self.console.is_terminal):
-            yield lambda: None
+            yield lambda: self._on_progress(description)
             return
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda: bar.advance(task)
+
+            def advance() -> None:
+                self._on_progress(description)
+                bar.advance(task)
+
+            yield advance
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a row of metrics, with the spans since the last one, and prints its line."""

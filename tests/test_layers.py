@@ -16,6 +16,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"types"},
     "ranks": {"types", "config"},
     "command_line": set(),
+    "peers": {"command_line"},
+    "watchdog": {"command_line", "peers", "ranks.RemoteError"},
     "ops": {"types", "_C"},
     "algorithms": {"types", "ops"},
     "benchmark": {"ops"},
