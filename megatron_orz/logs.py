@@ -29,6 +29,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron_orz.alerts import Alerts
 from megatron_orz.config import Config, to_json
 from megatron_orz.types import Metrics
 
@@ -87,6 +88,7 @@ class RunLog:
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 self._metrics = _LineFile(run_dir / METRICS_FILE)
+                self._alerts = Alerts(read_metrics(run_dir / METRICS_FILE))
                 self._tensorboard = _EventFile(run_dir / "tensorboard")
 
     def write_config(self, config: Config) -> None:
@@ -133,16 +135,23 @@ class RunLog:
             yield advance
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of metrics, with the spans since the last one, and prints its line."""
+        """Writes a row of metrics, with the spans since the last one, and prints its line.
+
+        What looks wrong among them is said below the line, and is `alert/<metric>` = 1 in the row.
+        """
         row = {**metrics, **self._seconds}
         self._seconds.clear()
         if not self._is_main:
             return
+        alerts = self._alerts.watch(row)
+        row |= {f"alert/{alert.metric}": 1.0 for alert in alerts}
         with _writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
             self._tensorboard.append(step, row)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
+        for alert in alerts:
+            self.console.print(f"alert at step {step}: {alert.message}", style="bold red", soft_wrap=True)
 
     def print_comparison(self, before: Metrics, after: Metrics) -> None:
         """Prints the evaluation metrics before and after training as a table."""
