@@ -12,8 +12,13 @@ from typing import TypeVar
 import tyro
 
 USER_ERROR = 2
+RANK_LOST = 123
+HUNG = 124
 INTERRUPTED = 130
-"""Exit codes."""
+"""Exit codes; docs/hangs.md tells what they mean."""
+
+EXPECTED_ERRORS = (ValueError, RuntimeError, OSError)
+"""What is said in a sentence; anything else is a defect, and shows its traceback."""
 
 Values = TypeVar("Values")
 
@@ -22,6 +27,16 @@ def parse(defaults: Values) -> Values:
     """A dataclass with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks."""
     with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
         return tyro.cli(type(defaults), default=defaults, console_outputs=rank() == 0)
+
+
+class RunEnded(RuntimeError):
+    """The run ends on this rank because it has failed on another."""
+
+    def __init__(self, message: str, *, exit_code: int, is_said: bool) -> None:
+        """is_said: the other rank says it."""
+        super().__init__(message)
+        self.exit_code = exit_code
+        self.is_said = is_said
 
 
 @contextlib.contextmanager
@@ -36,7 +51,11 @@ def plain_errors() -> Iterator[None]:
     except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(USER_ERROR)
-    except (ValueError, RuntimeError, OSError) as error:
+    except RunEnded as end:
+        if not end.is_said:
+            print(f"error: {end}", file=sys.stderr, flush=True)
+        sys.exit(end.exit_code)
+    except EXPECTED_ERRORS as error:
         if os.environ.get("ORZ_DEBUG"):
             raise
         if rank() == 0 or not isinstance(error, ValueError):

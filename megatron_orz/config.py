@@ -288,6 +288,8 @@ class Config:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
+    hang_timeout_s: float = 1800.0
+    """The run ends when nothing moves on any rank for this long: no rollout, no grade, no mini-batch is finished."""
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config, and stop."""
 
@@ -306,6 +308,17 @@ class Config:
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
             f"do not fit data.max_pack_tokens {self.data.max_pack_tokens}; raise it to at least {least}",
         )
+        for name, deadline_s in (
+            ("parallel.timeout_s", self.parallel.timeout_s),
+            ("fleet.start_timeout_s", self.fleet.start_timeout_s),
+            ("fleet.request_timeout_s", self.fleet.request_timeout_s),
+            ("fleet.update_timeout_s", self.fleet.update_timeout_s),
+        ):
+            _require(
+                self.hang_timeout_s > deadline_s,
+                f"hang_timeout_s {self.hang_timeout_s:g} is not above {name} {deadline_s:g}, whose end says more of "
+                "what hangs; raise hang_timeout_s",
+            )
         num_rollouts = self.ppo.num_prompts * self.ppo.num_responses
         num_updates = max(self.ppo.num_policy_updates, self.ppo.num_critic_updates)
         _require(

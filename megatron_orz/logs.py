@@ -29,6 +29,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from megatron_orz.alerts import Alerts
 from megatron_orz.config import Config, to_json
 from megatron_orz.types import Metrics
 
@@ -63,17 +64,31 @@ class RunLog:
         log.record(step, metrics)
     """
 
-    def __init__(self, run_dir: Path, *, num_steps: int, is_main: bool = True, console: Console | None = None) -> None:
-        """num_steps: steps of the whole run, for display. Raises RunDirectoryError when run_dir cannot be written."""
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        num_steps: int,
+        is_main: bool = True,
+        console: Console | None = None,
+        on_progress: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        """Raises RunDirectoryError when run_dir cannot be written.
+
+        num_steps: steps of the whole run, for display.
+        on_progress: called with the name of a span or bar when it begins, when it ends, and for its finished items.
+        """
         self.run_dir = run_dir
         self.console = console or Console(quiet=not is_main, highlight=False)
         self._num_steps = num_steps
         self._is_main = is_main
+        self._on_progress = on_progress
         self._seconds: defaultdict[str, float] = defaultdict(float)
         if is_main:
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 self._metrics = _LineFile(run_dir / METRICS_FILE)
+                self._alerts = Alerts(read_metrics(run_dir / METRICS_FILE))
                 self._tensorboard = _EventFile(run_dir / "tensorboard")
 
     def write_config(self, config: Config) -> None:
@@ -92,10 +107,12 @@ class RunLog:
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
         """Adds the seconds spent inside to `time/<name>_s` of the next record."""
+        self._on_progress(name)
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._on_progress(name)
             self._seconds[f"time/{name}_s"] += time.perf_counter() - start
 
     @contextmanager
@@ -105,24 +122,36 @@ class RunLog:
         Draws nothing unless this is the main rank on an interactive terminal.
         """
         if not (self._is_main and self.console.is_terminal):
-            yield lambda: None
+            yield lambda: self._on_progress(description)
             return
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task(description, total=total)
-            yield lambda: bar.advance(task)
+
+            def advance() -> None:
+                self._on_progress(description)
+                bar.advance(task)
+
+            yield advance
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of metrics, with the spans since the last one, and prints its line."""
+        """Writes a row of metrics, with the spans since the last one, and prints its line.
+
+        What looks wrong among them is said below the line, and is `alert/<metric>` = 1 in the row.
+        """
         row = {**metrics, **self._seconds}
         self._seconds.clear()
         if not self._is_main:
             return
+        alerts = self._alerts.watch(row)
+        row |= {f"alert/{alert.metric}": 1.0 for alert in alerts}
         with _writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
             self._tensorboard.append(step, row)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
+        for alert in alerts:
+            self.console.print(f"alert at step {step}: {alert.message}", style="bold red", soft_wrap=True)
 
     def print_comparison(self, before: Metrics, after: Metrics) -> None:
         """Prints the evaluation metrics before and after training as a table."""

@@ -9,11 +9,15 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-# The other ranks wait for the one that works. Its own deadlines bound that wait, and its death closes the sockets,
-# which ends it at once: a deadline here would only add a second, shorter limit to a long generation.
+# The other ranks wait for the one that works. Its own deadlines bound that wait, its death closes the sockets, which
+# ends it at once, and the watchdog sees to the rest: a deadline here would only cut a long generation short.
 _PATIENCE = timedelta(days=1)
 
 T = TypeVar("T")
+
+
+class RemoteError(RuntimeError):
+    """Another rank failed at what all ranks do together."""
 
 
 class Ranks:
@@ -90,4 +94,4 @@ class _SharedFate:
             return  # Ctrl-C and exit reach every rank by themselves
         for rank, message in enumerate(self._ranks.gather(error and f"{type(error).__name__}: {error}")):
             if message is not None and error is None:
-                raise RuntimeError(f"{self._action} failed on rank {rank}: {message}")
+                raise RemoteError(f"{self._action} failed on rank {rank}: {message}")

@@ -14,6 +14,7 @@ from megatron_orz.checkpoint import export_hf
 from megatron_orz.config import ModelConfig, ParallelConfig
 from megatron_orz.data.packing import pack_sequences
 from megatron_orz.logs import RunLog
+from megatron_orz.watchdog import Watchdog
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class SupervisedConfig:
     """Token budget of a pack, which is also the micro-batch."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
+    hang_timeout_s: float = 1800.0
+    """The run ends when nothing moves on any rank for this long."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1 or self.num_sequences < 1:
@@ -48,8 +51,12 @@ def train_supervised(config: SupervisedConfig, sequences: Sequence[tuple[list[in
     if not sequences:
         raise ValueError("supervised training needs at least one sequence")
     with (
+        Watchdog(config.run_dir, timeout_s=config.hang_timeout_s) as watchdog,
         open_mesh(config.parallel, seed=config.seed) as mesh,
-        RunLog(config.run_dir, num_steps=config.num_steps, is_main=mesh.rank == 0) as log,
+        watchdog.watching_peers(),
+        RunLog(
+            config.run_dir, num_steps=config.num_steps, is_main=mesh.rank == 0, on_progress=watchdog.progress
+        ) as log,
     ):
         policy = PolicyEngine(config.model, mesh)
         order = _shuffled_forever(len(sequences), config.seed)

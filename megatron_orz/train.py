@@ -26,6 +26,7 @@ from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
 from megatron_orz.rollout.fleet import open_fleet
 from megatron_orz.types import Prompt
+from megatron_orz.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,13 +67,17 @@ def train(config: Config) -> None:
     from megatron_orz.engine.parallel import open_mesh
 
     with contextlib.ExitStack() as stack:
+        watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
         mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed))
+        stack.enter_context(watchdog.watching_peers())
         ranks = stack.enter_context(contextlib.closing(Ranks()))
         is_main = mesh.rank == 0
         with ranks.share_fate("preparing the run directory"):
             if is_main and (old_run := set_aside(config.run_dir)):
                 print(f"the run that was in {config.run_dir} is now in {old_run}", flush=True)
-            log = stack.enter_context(RunLog(config.run_dir, num_steps=config.ppo.num_steps, is_main=is_main))
+            log = stack.enter_context(
+                RunLog(config.run_dir, num_steps=config.ppo.num_steps, is_main=is_main, on_progress=watchdog.progress)
+            )
             log.write_config(config)
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(

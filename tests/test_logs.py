@@ -65,7 +65,8 @@ def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
     row = json.loads(
         (tmp_path / "metrics.jsonl").read_text(), parse_constant=lambda name: pytest.fail(f"{name} in JSON")
     )
-    assert row == {"step": 1, "critic/explained_variance": None, "policy/loss": None, "reward/mean": 1.0}
+    assert row["critic/explained_variance"] is row["policy/loss"] is None
+    assert row["reward/mean"] == 1.0
     assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["critic/explained_variance"])
 
 

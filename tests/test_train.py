@@ -425,8 +425,8 @@ def test_two_ranks_end_together_when_one_cannot_write(home: Path, tmp_path: Path
             for rank in ranks:
                 rank.kill()
         assert [rank.returncode for rank in ranks] == [2, 2], said
-        last = [lines.splitlines()[-1] for lines in said]
-        assert re.match(r"error on rank 0: cannot write the checkpoint \S+final: .*; free some space", last[0])
-        assert re.match(r"error on rank 1: writing the final checkpoint failed on rank 0: .*cannot write", last[1])
+        last = said[0].splitlines()[-1]
+        assert re.match(r"error on rank 0: cannot write the checkpoint \S+final: .*; free some space", last)
+        assert "error" not in said[1]
         assert "Traceback" not in said[0] + said[1]
         assert not list(disk.rglob("*final*"))

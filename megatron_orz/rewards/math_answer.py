@@ -8,6 +8,8 @@ its own, where an answer that sympy cannot digest costs its deadline and one pro
 
 from __future__ import annotations
 
+import json
+import logging
 import re
 import subprocess
 import sys
@@ -15,13 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from decimal import Decimal
-from functools import lru_cache
+from functools import cache, lru_cache
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Self, TypeAlias
+from typing import Any, Self, TypeAlias
 
 from megatron_orz.types import FinishReason, Grade
 
@@ -32,6 +34,10 @@ MAX_ANSWER_CHARS = 1000
 """A longer answer equals only its own copy: math-verify's patterns are not linear in the length."""
 
 _START_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 60.0
+_MAX_MESSAGE_BYTES = 100
+
+logger = logging.getLogger(__name__)
 
 
 def extract_answer(response: str) -> str | None:
@@ -192,10 +198,10 @@ class _Worker:
             if self._process is None:
                 self._start()
             try:
-                self._connection.send((answer, reference))
+                self._connection.send_bytes(json.dumps([answer, reference]).encode())
                 if self._connection.poll(self._timeout_s):
-                    return bool(self._connection.recv())
-            except (EOFError, OSError):  # the process died, which need not be this pair's fault
+                    return self._receive() is True
+            except (EOFError, OSError, ValueError):  # the process died, which need not be this pair's fault
                 self.stop()
             else:
                 self.stop()
@@ -213,19 +219,33 @@ class _Worker:
                 program + arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )
         try:
-            is_ready = self._connection.poll(_START_TIMEOUT_S) and self._connection.recv() == "ready"
-        except (EOFError, OSError):
-            is_ready = False
-        if not is_ready:
+            refused = self._receive() if self._connection.poll(_START_TIMEOUT_S) else None
+        except (EOFError, OSError, ValueError):
+            refused = None
+        if refused is None:
             self.stop()
             raise RuntimeError(
                 f"a verifier process died while starting, or was not ready within {_START_TIMEOUT_S:.0f} s; see its "
                 "message above, and check that `python -c 'import math_verify'` works"
             )
+        if refused:
+            _warn_of_weak_confinement(*refused)
+
+    def _receive(self) -> Any:
+        """JSON, not pickle: what reads a model's answers must not be able to run anything here."""
+        return json.loads(self._connection.recv_bytes(_MAX_MESSAGE_BYTES))
 
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(_END_TIMEOUT_S)
             self._process = None
             self._connection.close()
+
+
+@cache
+def _warn_of_weak_confinement(*refused: str) -> None:
+    logger.warning(
+        "the kernel does not let verifier processes give up access to: %s; they keep their limits of time and memory",
+        ", ".join(refused),
+    )

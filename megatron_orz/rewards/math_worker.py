@@ -4,50 +4,88 @@
 
 It is run by its path and imports nothing of this package, hence neither torch nor the script that started
 the training: a process is cheap to start and small. It may be killed at any moment.
+
+The answers come from a model, and the parsers they go through are large: once these are loaded the process gives up
+what it does not need. Memory and open files are limited, nothing can be written, and where the kernel grants it to
+ordinary users there is no network, and no file can be made, renamed or removed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import json
 import logging
 import os
 import resource
 import signal
+import struct
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+MAX_OPEN_FILES = 64
+
+_LIBC = ctypes.CDLL(None)
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
+_PR_SET_NO_NEW_PRIVS = 38
+_LANDLOCK_CREATE_RULESET, _LANDLOCK_RESTRICT_SELF = 444, 446
+# Of landlock's rights to files, in the order of its bits: all that change a file or a directory.
+_LANDLOCK_WRITES = 1 << 1 | sum(1 << bit for bit in range(4, 13))
+
 
 def main(descriptor: int, timeout_s: float, memory_gib: float) -> None:
-    """Receives (answer, reference), sends whether they are equal; ends when the connection is closed."""
+    """Receives [answer, reference] as JSON, sends whether they are equal; ends when the connection is closed.
+
+    The first message it sends holds the protections that the kernel refused.
+    """
     connection = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the connection.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # An alarm ends the process, also inside a C function.
-    limit_memory(int(memory_gib * 2**30))
+    limit_resources(int(memory_gib * 2**30))
 
     equal = load_comparison()
     equal("\\frac{1}{2}", "0.5")  # The parser builds its tables on first use, before any deadline runs.
-    connection.send("ready")
     silence()
+    connection.send_bytes(json.dumps(confine()).encode())
     while True:
         try:
-            answer, reference = connection.recv()
+            answer, reference = json.loads(connection.recv_bytes())
         except EOFError:
             return
         # The parent kills a comparison past its deadline; should the parent be gone, the kernel does.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 5)
         verdict = equal(answer, reference)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.send(verdict)
+        connection.send_bytes(json.dumps(verdict).encode())
 
 
-def limit_memory(num_bytes: int) -> None:
-    """Lowers the address space of this process to `num_bytes`, or leaves a limit that is lower yet."""
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = num_bytes if hard == resource.RLIM_INFINITY else min(num_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def limit_resources(memory_bytes: int) -> None:
+    """Lowers the limits of this process, or leaves those that are lower yet."""
+    for what, value in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_NOFILE, MAX_OPEN_FILES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(what)
+        limit = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (limit, limit))
+
+
+def confine() -> list[str]:
+    """Gives up writing to files, making them, and the network, for good; returns which of these the kernel refused."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write fails, and need not end the process
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    refused = []
+    if _LIBC.unshare(_CLONE_NEWUSER | _CLONE_NEWNET) != 0:
+        refused.append("network")
+    ruleset = struct.pack("Q", _LANDLOCK_WRITES)
+    _LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    descriptor = _LIBC.syscall(_LANDLOCK_CREATE_RULESET, ruleset, ctypes.c_size_t(len(ruleset)), 0)
+    if descriptor < 0 or _LIBC.syscall(_LANDLOCK_RESTRICT_SELF, descriptor, 0) != 0:
+        refused.append("files")
+    return refused
 
 
 def load_comparison() -> Callable[[str, str], bool]:

@@ -342,8 +342,8 @@ def test_worker_program_ends_with_its_connection() -> None:
     program = [sys.executable, "-P", math_worker.__file__, str(theirs.fileno()), "5", "1"]
     with theirs:
         process = subprocess.Popen(program, pass_fds=[theirs.fileno()])
-    assert ours.recv() == "ready"
-    ours.send(("1/2", "0.5"))
-    assert ours.recv() is True
+    assert ours.recv_bytes() == b"[]"
+    ours.send_bytes(b'["1/2", "0.5"]')
+    assert ours.recv_bytes() == b"true"
     ours.close()
     assert process.wait(timeout=30) == 0
