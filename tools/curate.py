@@ -166,8 +166,8 @@ def stages(command: Run, store: Store) -> list[Stage]:
                 identity=asdict(command.paraphrases) | {"encoder": identity},
             )
         )
-    if command.difficulty.model:
-        difficulty = command.difficulty
+    difficulty = command.difficulty
+    if difficulty.model is not None:
         identity = {
             "model": model_identity(difficulty.model),
             "dtype": command.dtype,

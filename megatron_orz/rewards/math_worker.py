@@ -18,11 +18,14 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+WRONG_ANSWER = "\\frac{1234577}{89}"
+"""An expression must be told from this number."""
+
 
 def main(descriptor: int, timeout_s: float, memory_gib: float) -> None:
     """Receives (answer, reference), sends whether they are equal; ends when the connection is closed.
 
-    Without a reference, sends whether the answer is an expression that equals itself.
+    Without a reference, sends whether the answer is an expression that equals itself, and not any other.
     """
     connection = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the connection.
@@ -75,7 +78,9 @@ def load_comparison() -> tuple[Callable[[str, str], bool], Callable[[str], bool]
     def is_expression(answer: str) -> bool:
         parsed = parse_box(answer)
         # What the parser cannot read it returns as text, which would equal nothing but its own copy.
-        return bool(parsed) and not isinstance(parsed[0], str) and bool(verify(parsed, parsed, timeout_seconds=None))
+        if not parsed or isinstance(parsed[0], str):
+            return False
+        return bool(verify(parsed, parsed, timeout_seconds=None)) and not equal(WRONG_ANSWER, answer)
 
     return equal, is_expression
 

@@ -11,6 +11,8 @@ from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from megatron_orz.data.curation.stage import Advance, Candidate, Verdict
 from megatron_orz.data.curation.text import prose
 
+_NEGLIGIBLE = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Languages:
@@ -32,9 +34,12 @@ class Languages:
         identifier = _identifier()
         verdicts = []
         for candidate in candidates:
-            language, probability = identifier.classify(prose(candidate.text))
+            ranking = identifier.rank(prose(candidate.text))
+            language, probability = ranking[0]
             is_sure = probability >= self.min_probability
-            is_other = is_sure and bool(self.keep) and language not in self.keep
+            share_kept = sum(share for name, share in ranking if name in self.keep)
+            # Close relatives share a text's probability: of English, the creoles.
+            is_other = is_sure and bool(self.keep) and share_kept < _NEGLIGIBLE
             found = f"{language} with probability {probability:.2f}" if is_sure else "too few words to tell"
             verdicts.append(Verdict("language" if is_other else None, found))
             advance(1)

@@ -10,7 +10,7 @@ _TYPESETTING = re.compile(
     r"\\(?:left|right|displaystyle|text(?:bf|it)?|mathrm|mathbf|mbox)(?![a-z])|\\[,;:! ]|[\\${}~]"
 )
 # Every ideograph is a token, as scripts without spaces have no words to split at.
-_TOKEN = re.compile(r"\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+|[^\w\s]")
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|[^\w\s]")
 _MATHS = re.compile(
     r"\[asy\].*?\[/asy\]|\$\$.*?\$\$|\$.*?\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{(\w+\*?)\}.*?\\end\{\1\}|\\[a-zA-Z]+",
     re.DOTALL,
