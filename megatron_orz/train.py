@@ -22,8 +22,8 @@ from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
 from megatron_orz.ranks import Ranks
-from megatron_orz.rewards.grading import MathGrader
-from megatron_orz.rewards.math_answer import Verifier
+from megatron_orz.rewards.grading import ResponseGrader
+from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import open_fleet
 from megatron_orz.types import Prompt
 from megatron_orz.watchdog import Watchdog
@@ -87,8 +87,8 @@ def train(config: Config) -> None:
             policy = PolicyEngine(config.policy, mesh, loss_mean=loss_mean, temperature=temperature)
             critic = CriticEngine(config.critic, mesh, loss_mean=loss_mean, seed=config.seed)
         reward = config.reward
-        verifier = stack.enter_context(Verifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
-        grader = MathGrader(verifier, tokenizer, ranks)
+        verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
+        grader = ResponseGrader(verifier, tokenizer, ranks)
         num_responses = config.evaluation.num_responses
         ppo.run(
             config,

@@ -17,6 +17,8 @@ from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar
 from torch import Tensor, device
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
+AnswerKind: TypeAlias = Literal["math", "choice", "code"]
+"""How an answer is graded: as a value, as the letter of an option, or as a program that passes tests."""
 Metrics: TypeAlias = dict[str, float]
 NamedWeights: TypeAlias = Iterator[tuple[str, Tensor]]
 """Hugging Face names and whole (unsharded) tensors, in a fixed order."""
@@ -31,6 +33,7 @@ class Prompt:
     answer: str
     source: str
     """Name of the data file the problem comes from."""
+    kind: AnswerKind = "math"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -92,7 +92,7 @@ def load_prompts(
         # The template already holds the bos token, so the tokenizer must not add another.
         token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         prompts += (
-            Prompt(prompt_id=prompt_id, token_ids=ids, answer=problem.answer, source=path.name)
+            Prompt(prompt_id=prompt_id, token_ids=ids, answer=problem.answer, source=path.name, kind=problem.kind)
             for prompt_id, (problem, ids) in enumerate(zip(problems, token_ids, strict=True), start=num_read)
             if len(ids) <= max_prompt_tokens
         )

@@ -10,7 +10,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
+
+from megatron_orz.data.forms import COLUMNS, check_reference, find_form
+from megatron_orz.types import AnswerKind
 
 RowFault: TypeAlias = Literal["malformed", "encoding", "missing_column", "empty", "wrong_type"]
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
@@ -23,10 +26,12 @@ class Problem:
 
     text: str
     answer: str
+    """A value, a letter, or for a program its tests as `CodeTests` writes them."""
     place: str
     """Where it stands: `train.jsonl: line 3`."""
     problem_id: str | None = None
     """What the file calls it, where it has a column for that."""
+    kind: AnswerKind = "math"
 
 
 class RowError(ValueError):
@@ -54,7 +59,12 @@ def read_problems(path: Path, *, problem_column: str = "question", answer_column
 
 
 def read_rows(
-    path: Path, *, problem_column: str = "question", answer_column: str = "answer", id_column: str | None = None
+    path: Path,
+    *,
+    problem_column: str = "question",
+    answer_column: str = "answer",
+    id_column: str | None = None,
+    option_seed: int = 0,
 ) -> Iterator[Problem | RowError]:
     """Every row of a file, good or bad, in order. What keeps the rest of a file from being read is its last row.
 
@@ -64,7 +74,11 @@ def read_rows(
     .jsonl            an object per line with the two columns; of an answer in GSM8K's style only what follows `####`
     .parquet, .arrow  a table with the two columns; the latter is what `datasets` saves
 
+    Rows of .jsonl and tables may also be in one of the forms of `forms.py`, which are known by their columns. A column
+    `kind` says how other rows are graded.
+
     id_column: read where the rows have it.
+    option_seed: shuffles the options of forms whose right one always comes first.
     Raises ValueError when there is no such file, or it is of another kind.
     """
     if not path.is_file():
@@ -84,7 +98,14 @@ def read_rows(
                 yield row
                 continue
             try:
-                yield _problem(row, place, path.suffix == ".json", problem_column, answer_column, id_column)
+                kind: AnswerKind = "math"
+                if path.suffix == ".json":
+                    problem, answer = _recipe_fields(row, place)
+                elif (formed := _formed_fields(row, place, option_seed)) is not None:
+                    problem, answer, kind = formed
+                else:
+                    problem, answer = (_column(row, column, place) for column in (problem_column, answer_column))
+                yield _problem(row, place, problem, answer, kind, id_column)
             except RowError as error:
                 yield error
     except RowError as error:
@@ -108,20 +129,40 @@ def data_files(path: Path) -> list[Path]:
     return files
 
 
-def _problem(
-    row: Any, place: str, is_recipe: bool, problem_column: str, answer_column: str, id_column: str | None
-) -> Problem:
-    if is_recipe:
-        problem, answer = _recipe_fields(row, place)
-    else:
-        problem, answer = (_column(row, column, place) for column in (problem_column, answer_column))
+def _problem(row: Any, place: str, problem: Any, answer: Any, kind: AnswerKind, id_column: str | None) -> Problem:
     problem_id = row.get(id_column) if id_column is not None and isinstance(row, dict) else None
+    named = row.get("kind") if isinstance(row, dict) else None
+    if named is not None and (named := _text(named, "kind", place)) not in get_args(AnswerKind):
+        rule = f"the kind {named[:_SHOWN_CHARS]!r} is none of {', '.join(get_args(AnswerKind))}; correct or remove it"
+        raise RowError("wrong_type", place, rule)
+    kind = named or kind
+    answer = _text(answer, "answer", place) if kind == "code" else _answer(answer, place)
+    try:
+        check_reference(kind, answer)
+    except (ValueError, RecursionError) as error:
+        raise RowError("wrong_type", place, f"{error}; correct or remove it") from error
     return Problem(
         text=_text(problem, "problem", place),
-        answer=_answer(answer, place),
+        answer=answer,
         place=place,
         problem_id=None if problem_id is None else _text(problem_id, "id", place),
+        kind=kind,
     )
+
+
+def _formed_fields(row: Any, place: str, option_seed: int) -> tuple[str, str, AnswerKind] | None:
+    """The fields of a row in one of the registered forms; None for a row in none of them."""
+    form = find_form(row) if isinstance(row, dict) else None
+    if form is None:
+        return None
+    decoded = {
+        column: _decode(value, f"{place}: the {column}") if isinstance(value, bytes) else value
+        for column, value in row.items()
+    }
+    try:
+        return form.read(decoded, option_seed)
+    except (ValueError, RecursionError) as error:
+        raise RowError("wrong_type", place, f"is no {form.name} problem: {error}; correct or remove it") from error
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -159,10 +200,13 @@ def _read_table(path: Path, columns: Sequence[str], id_column: str | None) -> It
         # Memory maps would raise a bus error, not an exception, where a file is cut short.
         file = parquet.ParquetFile(path) if is_parquet else pyarrow.ipc.open_stream(path.read_bytes())
         present = (file.schema_arrow if is_parquet else file.schema).names
-        for column in columns:
-            if column not in present:
-                raise _missing_column(column, present, str(path))
-        names = [*columns, *([id_column] if id_column in present else [])]
+        names = [column for column in (*COLUMNS, "kind") if column in present]
+        if find_form(dict.fromkeys(names)) is None:
+            for column in columns:
+                if column not in present:
+                    raise _missing_column(column, present, str(path))
+        also = [*columns, *([id_column] if id_column is not None else [])]
+        names = list(dict.fromkeys([*names, *(name for name in also if name in present)]))
         for batch in file.iter_batches(columns=names) if is_parquet else file:
             for row in zip(*(_values(batch.column(name)) for name in names), strict=True):
                 num_rows += 1

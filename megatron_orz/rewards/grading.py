@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_orz.ranks import Ranks
-from megatron_orz.rewards.math_answer import Verifier
+from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.types import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class MathGrader:
-    """A `Grader`: the text of a response against the reference answer of its prompt."""
+class ResponseGrader:
+    """A `Grader`: the text of a response against the reference answer of its prompt, by the kind of the answer."""
 
-    def __init__(self, verifier: Verifier, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
+    def __init__(self, verifier: AnswerVerifier, tokenizer: PreTrainedTokenizerBase, ranks: Ranks) -> None:
         self._verifier = verifier
         self._tokenizer = tokenizer
         self._ranks = ranks
@@ -27,6 +27,7 @@ class MathGrader:
         mine = rollouts[self._ranks.rank :: self._ranks.size]
         with self._ranks.share_fate("grading"):
             grades = self._verifier.grade(
+                [rollout.prompt.kind for rollout in mine],
                 [
                     (self._tokenizer.decode(rollout.response_ids), rollout.finish_reason, rollout.prompt.answer)
                     for rollout in mine

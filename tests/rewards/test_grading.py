@@ -6,8 +6,8 @@ import torch.distributed as dist
 
 from megatron_orz.data.synthetic import build_tokenizer
 from megatron_orz.ranks import Ranks
-from megatron_orz.rewards.grading import MathGrader
-from megatron_orz.rewards.math_answer import Verifier
+from megatron_orz.rewards.grading import ResponseGrader
+from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.types import FinishReason, Prompt, Rollout
 from tests.launch import run_ranks
 
@@ -47,8 +47,8 @@ def check_grading(num_ranks: int) -> None:
     rollouts, ranks = make_rollouts(), Ranks()
     assert ranks.size == num_ranks
     graded_here = []
-    with Verifier(timeout_s=30.0, num_workers=1) as verifier:
-        grader = MathGrader(verifier, build_tokenizer(), ranks)
+    with AnswerVerifier(timeout_s=30.0, num_workers=1) as verifier:
+        grader = ResponseGrader(verifier, build_tokenizer(), ranks)
         graded = grader.grade(rollouts, on_grade=lambda: graded_here.append(None))
         assert len(grader.grade(rollouts[:1])) == 1
         assert grader.grade([]) == []
