@@ -5,16 +5,15 @@ read_problems(path) -> Problem --render--> text --tokenise--> Prompt --PromptStr
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from megatron_orz.data.reading import read_problems
 from megatron_orz.types import Prompt
 
 if TYPE_CHECKING:
@@ -52,146 +51,6 @@ def render(template: str, problem: str, *, bos_token: str | None = None) -> str:
     """The prompt's text. `{bos_token}` is filled where the template holds it, with nothing when there is none."""
     # The problem goes in last, and both by plain replacement: LaTeX is full of braces.
     return resolve_template(template).replace("{bos_token}", bos_token or "").replace("{problem}", problem)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Problem:
-    """One row of a data file: the question as it stands there, and the reference answer."""
-
-    text: str
-    answer: str
-
-
-def read_problems(path: Path, *, problem_column: str = "question", answer_column: str = "answer") -> Iterator[Problem]:
-    """The problems of a file, row by row.
-
-    .json     the recipe's training form, `[{"from": "human", "value": problem},
-              {"from": "assistant", "ground_truth": {"value": answer}}]` per item, or its evaluation
-              form, `{"prompt": [{"from": "user", "value": problem}], "final_answer": answer}`
-    .jsonl    an object per line with the two columns; of an answer in GSM8K's style only what follows `####`
-    .parquet  a table with the two columns
-
-    Raises ValueError naming the file, the row, the rule and the remedy.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; check data.train and evaluation.data")
-    match path.suffix:
-        case ".json":
-            rows = _read_json(path)
-        case ".jsonl":
-            rows = _read_jsonl(path)
-        case ".parquet":
-            rows = _read_parquet(path, (problem_column, answer_column))
-        case suffix:
-            raise ValueError(f"{path}: unknown kind of file {suffix!r}; use .json, .jsonl or .parquet")
-
-    is_empty = True
-    for where, row in rows:
-        is_empty = False
-        if path.suffix == ".json":
-            problem, answer = _recipe_fields(row, where)
-        else:
-            problem, answer = (_column(row, column, where) for column in (problem_column, answer_column))
-        yield Problem(text=_text(problem, "problem", where), answer=_answer(answer, where))
-    if is_empty:
-        raise ValueError(f"{path}: holds no problems; remove it from the list of files, or fill it")
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _decode(path, path.read_bytes())
-    if not text.strip():
-        return
-    items = _parse_json(text, str(path))
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: holds a JSON {type(items).__name__}, not a list of problems; wrap them in [...]")
-    for number, item in enumerate(items, start=1):
-        yield f"{path}: item {number}", item
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}: line {number}"
-            if text := _decode(where, line).strip():
-                yield where, _parse_json(text, where)
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        file = parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); write it with pyarrow or pandas") from error
-    present = file.schema_arrow.names
-    for column in columns:
-        if column not in present:
-            raise _missing_column(column, present, str(path))
-    rows = (row for batch in file.iter_batches(columns=list(columns)) for row in batch.to_pylist())
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}: row {number}", row
-
-
-def _decode(where: str | Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{where}: byte {error.start} (line {line} of it) is not UTF-8; save it as UTF-8 (iconv -f latin1 -t utf-8)"
-        ) from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: malformed JSON ({error}); correct it or remove it") from error
-
-
-def _recipe_fields(item: Any, where: str) -> tuple[Any, Any]:
-    match item:
-        case [{"from": "human", "value": problem}, {"from": "assistant", "ground_truth": {"value": answer}}, *_]:
-            return problem, answer
-        case {"prompt": [{"from": "user", "value": problem}, *_], "final_answer": answer}:
-            return problem, answer
-    raise ValueError(
-        f"{where}: is in neither of the recipe's forms; write it as "
-        '[{"from": "human", "value": problem}, {"from": "assistant", "ground_truth": {"value": answer}}] or '
-        '{"prompt": [{"from": "user", "value": problem}], "final_answer": answer}, '
-        "or use .jsonl with data.problem_column and data.answer_column"
-    )
-
-
-def _column(row: Any, column: str, where: str) -> Any:
-    if not isinstance(row, dict):
-        raise ValueError(f'{where}: is not an object with named columns; write {{"{column}": ...}}')
-    if column not in row:
-        raise _missing_column(column, list(row), where)
-    return row[column]
-
-
-def _missing_column(column: str, present: Sequence[str], where: str) -> ValueError:
-    return ValueError(
-        f"{where}: has no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; "
-        "set data.problem_column and data.answer_column"
-    )
-
-
-def _text(value: Any, name: str, where: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: the {name} {value!r} is neither text nor a number; correct or remove it")
-    if not value.strip():
-        raise ValueError(f"{where}: the {name} is empty; fill it in or remove it")
-    return value
-
-
-def _answer(value: Any, where: str) -> str:
-    _, gsm8k, final = _text(value, "answer", where).rpartition("####")
-    return _text(final.replace(",", "") if gsm8k else final, "answer", where).strip()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+WRONG_ANSWER = "\\frac{1234577}{89}"
+"""An expression must be told from this number."""
+
 MAX_OPEN_FILES = 64
 
 _LIBC = ctypes.CDLL(None)
@@ -38,14 +41,15 @@ _LANDLOCK_WRITES = 1 << 1 | sum(1 << bit for bit in range(4, 13))
 def main(descriptor: int, timeout_s: float, memory_gib: float) -> None:
     """Receives [answer, reference] as JSON, sends whether they are equal; ends when the connection is closed.
 
-    The first message it sends holds the protections that the kernel refused.
+    Without a reference, sends whether the answer is an expression that equals itself, and not any other. The first
+    message it sends holds the protections that the kernel refused.
     """
     connection = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the connection.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # An alarm ends the process, also inside a C function.
     limit_resources(int(memory_gib * 2**30))
 
-    equal = load_comparison()
+    equal, is_expression = load_comparison()
     equal("\\frac{1}{2}", "0.5")  # The parser builds its tables on first use, before any deadline runs.
     silence()
     connection.send_bytes(json.dumps(confine()).encode())
@@ -56,7 +60,7 @@ def main(descriptor: int, timeout_s: float, memory_gib: float) -> None:
             return
         # The parent kills a comparison past its deadline; should the parent be gone, the kernel does.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 5)
-        verdict = equal(answer, reference)
+        verdict = is_expression(answer) if reference is None else equal(answer, reference)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send_bytes(json.dumps(verdict).encode())
 
@@ -88,8 +92,8 @@ def confine() -> list[str]:
     return refused
 
 
-def load_comparison() -> Callable[[str, str], bool]:
-    """A function (answer, reference) -> bool. math-verify's own timeouts need SIGALRM and are turned off."""
+def load_comparison() -> tuple[Callable[[str, str], bool], Callable[[str], bool]]:
+    """Functions (answer, reference) -> bool and answer -> bool. math-verify's own timeouts need SIGALRM and are off."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
@@ -107,7 +111,14 @@ def load_comparison() -> Callable[[str, str], bool]:
             return False
         return bool(verify(right, left, timeout_seconds=None))
 
-    return equal
+    def is_expression(answer: str) -> bool:
+        parsed = parse_box(answer)
+        # What the parser cannot read it returns as text, which would equal nothing but its own copy.
+        if not parsed or isinstance(parsed[0], str):
+            return False
+        return bool(verify(parsed, parsed, timeout_seconds=None)) and not equal(WRONG_ANSWER, answer)
+
+    return equal, is_expression
 
 
 def surely_different(left: Any, right: Any) -> bool:

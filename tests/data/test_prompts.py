@@ -1,21 +1,18 @@
-"""Templates, readers, tokenising and the endless order of prompts."""
+"""Templates, tokenising and the endless order of prompts."""
 
 import json
 from collections import Counter
 from pathlib import Path
 
 import jinja2
-import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
 
-from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts, read_problems, render
+from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts, render
 from megatron_orz.data.synthetic import build_tokenizer
 from megatron_orz.types import Prompt
 
-SHARED = Path(__file__).parents[3] / "shared" / "data"
 TOKENIZER = build_tokenizer()
 
 ORZ_GOLDEN = (
@@ -26,13 +23,6 @@ ORZ_GOLDEN = (
     "your answer inside <answer> </answer> tags, i.e., <answer> answer here </answer>. And your final answer will be "
     "extracted automatically by the \\boxed{} tag.\nThis is the problem:\nWhat is $\\frac{6}{2}$?\nAssistant: <think>"
 )
-
-
-def shared(name: str) -> Path:
-    path = SHARED / name
-    if not path.is_file():
-        pytest.skip(f"{name} is not there")
-    return path
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -62,72 +52,6 @@ def test_short_and_custom_templates() -> None:
     assert render("Q {problem} A", "{bos_token}") == "Q {bos_token} A"
     with pytest.raises(ValueError, match=r"'shrot' is neither a built-in name \(orz, short\)"):
         render("shrot", "1+2")
-
-
-def test_recipe_forms_are_read(tmp_path: Path) -> None:
-    training = [[{"from": "human", "value": "1+1?"}, {"from": "assistant", "ground_truth": {"value": "2"}}]]
-    evaluation = [{"prompt": [{"from": "user", "value": "1+1?"}], "final_answer": "2", "file_name": "x"}]
-    for name, items in (("train", training), ("eval", evaluation)):
-        [problem] = read_problems(write(tmp_path / f"{name}.json", json.dumps(items)))
-        assert (problem.text, problem.answer) == ("1+1?", "2")
-
-
-def test_tables_are_read_by_column(tmp_path: Path) -> None:
-    rows = [{"q": "a?", "a": "1,000"}, {"q": "b?", "a": 7}, {"q": "c?", "a": "so 2\n#### -1,234"}]
-    lines = write(tmp_path / "x.jsonl", "\n\n".join(map(json.dumps, rows)) + "\n")
-    problems = list(read_problems(lines, problem_column="q", answer_column="a"))
-    assert [(problem.text, problem.answer) for problem in problems] == [("a?", "1,000"), ("b?", "7"), ("c?", "-1234")]
-
-    table = pyarrow.table({"q": ["a?", "b?"], "a": ["1", "#### 2,000"], "other": [0, 0]})
-    parquet.write_table(table, tmp_path / "x.parquet")
-    problems = list(read_problems(tmp_path / "x.parquet", problem_column="q", answer_column="a"))
-    assert [(problem.text, problem.answer) for problem in problems] == [("a?", "1"), ("b?", "2000")]
-
-
-def test_published_files_are_read_whole() -> None:
-    math500 = list(read_problems(shared("math500.json")))
-    assert (len(math500), math500[0].answer) == (500, r"\left( 3, \frac{\pi}{2} \right)")
-    assert len(list(read_problems(shared("aime2024.json")))) == 30
-    gsm8k = list(read_problems(shared("gsm8k_train.jsonl")))
-    assert (len(gsm8k), gsm8k[0].answer) == (7473, "72")
-    assert all(float(problem.answer) == int(problem.answer) for problem in gsm8k)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("none.jsonl", None, r"none.jsonl: no such file; check data.train"),
-        ("x.csv", "a,b", r"unknown kind of file '.csv'; use .json"),
-        ("x.jsonl", "\n", r"x.jsonl: holds no problems"),
-        ("x.json", "", r"x.json: holds no problems"),
-        ("x.json", "[]", r"x.json: holds no problems"),
-        ("x.json", "[1,", r"x.json: malformed JSON \(.*line 1 column 4"),
-        ("x.json", '{"a": 1}', r"x.json: holds a JSON dict, not a list"),
-        ("x.json", '[{"prompt": []}]', r"x.json: item 1: is in neither of the recipe's forms; write it as"),
-        ("x.jsonl", '{"question": "q", "answer": "1"}\n{"question"', r"x.jsonl: line 2: malformed JSON"),
-        ("x.jsonl", '{"question": "q", "reply": "1"}', r"line 1: has no column 'answer', only 'question', 'reply'"),
-        ("x.jsonl", '{"question": "q", "answer": " "}', r"line 1: the answer is empty; fill it in"),
-        ("x.jsonl", '{"question": "q", "answer": "####"}', r"line 1: the answer is empty"),
-        ("x.jsonl", '{"question": "", "answer": "1"}', r"line 1: the problem is empty"),
-        ("x.jsonl", '{"question": "q", "answer": null}', r"line 1: the answer None is neither text nor a number"),
-        ("x.jsonl", "[1, 2]", r"line 1: is not an object with named columns"),
-        ("x.jsonl", '{"question": "qué", "answer": "1"}'.encode("latin1"), r"line 1: byte 16 .* is not UTF-8; save it"),
-        ("x.parquet", "not parquet", r"x.parquet: not a parquet file"),
-    ],
-)
-def test_bad_files_are_refused_with_place_and_remedy(
-    tmp_path: Path, name: str, content: str | bytes | None, message: str
-) -> None:
-    if content is not None:
-        write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=message):
-        list(read_problems(tmp_path / name))
-
-
-def test_parquet_without_the_column_is_refused(tmp_path: Path) -> None:
-    parquet.write_table(pyarrow.table({"q": ["a"], "a": ["1"]}), tmp_path / "x.parquet")
-    with pytest.raises(ValueError, match=r"x.parquet: has no column 'question', only 'q', 'a'; set data.problem"):
-        list(read_problems(tmp_path / "x.parquet"))
 
 
 def test_prompts_keep_their_ids_when_long_ones_are_dropped(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, Qwen2Config
 
-from megatron_orz.data.prompts import read_problems
+from megatron_orz.data.reading import read_problems
 from megatron_orz.data.synthetic import (
     ArithmeticTask,
     build_tokenizer,

@@ -1,0 +1,263 @@
+"""Rows of data files: each one a problem, or what is wrong with it and where.
+
+`read_rows` goes on after a bad row, for whoever counts and reports them; `read_problems` raises the first one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+RowFault: TypeAlias = Literal["malformed", "encoding", "missing_column", "empty", "wrong_type"]
+SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+_BOOKKEEPING = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One row of a data file: the question as it stands there, and the reference answer."""
+
+    text: str
+    answer: str
+    place: str
+    """Where it stands: `train.jsonl: line 3`."""
+    problem_id: str | None = None
+    """What the file calls it, where it has a column for that."""
+
+
+class RowError(ValueError):
+    """Why a row, or a whole file, is no problem. The message names the place, the rule and the remedy."""
+
+    def __init__(self, fault: RowFault, place: str, message: str) -> None:
+        super().__init__(f"{place}: {message}")
+        self.fault = fault
+        self.place = place
+
+
+def read_problems(path: Path, *, problem_column: str = "question", answer_column: str = "answer") -> Iterator[Problem]:
+    """The problems of a file, row by row, in the forms that `read_rows` knows.
+
+    Raises ValueError naming the file, the row, the rule and the remedy.
+    """
+    is_empty = True
+    for row in read_rows(path, problem_column=problem_column, answer_column=answer_column):
+        if isinstance(row, RowError):
+            raise row
+        is_empty = False
+        yield row
+    if is_empty:
+        raise ValueError(f"{path}: holds no problems; remove it from the list of files, or fill it")
+
+
+def read_rows(
+    path: Path, *, problem_column: str = "question", answer_column: str = "answer", id_column: str | None = None
+) -> Iterator[Problem | RowError]:
+    """Every row of a file, good or bad, in order. What keeps the rest of a file from being read is its last row.
+
+    .json             the recipe's training form, `[{"from": "human", "value": problem},
+                      {"from": "assistant", "ground_truth": {"value": answer}}]` per item, or its evaluation
+                      form, `{"prompt": [{"from": "user", "value": problem}], "final_answer": answer}`
+    .jsonl            an object per line with the two columns; of an answer in GSM8K's style only what follows `####`
+    .parquet, .arrow  a table with the two columns; the latter is what `datasets` saves
+
+    id_column: read where the rows have it.
+    Raises ValueError when there is no such file, or it is of another kind.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; check data.train and evaluation.data")
+    try:
+        match path.suffix:
+            case ".json":
+                rows = _read_json(path)
+            case ".jsonl":
+                rows = _read_jsonl(path)
+            case ".parquet" | ".arrow":
+                rows = _read_table(path, (problem_column, answer_column), id_column)
+            case suffix:
+                raise ValueError(f"{path}: unknown kind of file {suffix!r}; use {', '.join(SUFFIXES)}")
+        for place, row in rows:
+            if isinstance(row, RowError):
+                yield row
+                continue
+            try:
+                yield _problem(row, place, path.suffix == ".json", problem_column, answer_column, id_column)
+            except RowError as error:
+                yield error
+    except RowError as error:
+        yield error
+
+
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or the data files below a directory, such as one that `datasets` saved to disk.
+
+    Raises ValueError where there are none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(
+        file
+        for file in path.rglob("*")
+        if file.suffix in SUFFIXES and file.name not in _BOOKKEEPING and not file.name.startswith((".", "cache-"))
+    )
+    if not files:
+        raise ValueError(f"{path}: holds no data files ({', '.join(SUFFIXES)}); name a directory that does")
+    return files
+
+
+def _problem(
+    row: Any, place: str, is_recipe: bool, problem_column: str, answer_column: str, id_column: str | None
+) -> Problem:
+    if is_recipe:
+        problem, answer = _recipe_fields(row, place)
+    else:
+        problem, answer = (_column(row, column, place) for column in (problem_column, answer_column))
+    problem_id = row.get(id_column) if id_column is not None and isinstance(row, dict) else None
+    return Problem(
+        text=_text(problem, "problem", place),
+        answer=_answer(answer, place),
+        place=place,
+        problem_id=None if problem_id is None else _text(problem_id, "id", place),
+    )
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    # A byte that is not UTF-8 becomes a lone surrogate, which spoils the item it stands in and no other.
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    if not text.strip():
+        return
+    items = _parse_json(text, str(path))
+    if not isinstance(items, list):
+        rule = f"holds a JSON {type(items).__name__}, not a list of problems; wrap them in [...]"
+        raise RowError("malformed", str(path), rule)
+    for number, item in enumerate(items, start=1):
+        yield f"{path}: item {number}", item
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}: line {number}"
+            try:
+                if text := _decode(line, place).strip():
+                    yield place, _parse_json(text, place)
+            except RowError as error:
+                yield place, error
+
+
+def _read_table(path: Path, columns: Sequence[str], id_column: str | None) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    is_parquet = path.suffix == ".parquet"
+    remedy = "write it with pyarrow or pandas" if is_parquet else "save it with datasets' save_to_disk"
+    num_rows = 0
+    try:
+        # Memory maps would raise a bus error, not an exception, where a file is cut short.
+        file = parquet.ParquetFile(path) if is_parquet else pyarrow.ipc.open_stream(path.read_bytes())
+        present = (file.schema_arrow if is_parquet else file.schema).names
+        for column in columns:
+            if column not in present:
+                raise _missing_column(column, present, str(path))
+        names = [*columns, *([id_column] if id_column in present else [])]
+        for batch in file.iter_batches(columns=names) if is_parquet else file:
+            for row in zip(*(_values(batch.column(name)) for name in names), strict=True):
+                num_rows += 1
+                yield f"{path}: row {num_rows}", dict(zip(names, row, strict=True))
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        kind, after = path.suffix[1:], f", readable up to row {num_rows}" if num_rows else ""
+        # Arrow's messages are lists of causes, one a line.
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RowError("malformed", str(path), f"not a {kind} file{after} ({cause}); {remedy}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """The values of a column; text as bytes, because files may hold what is not UTF-8."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(column.type):
+        column.validate(full=True)
+        column = column.dictionary_decode()
+    if pyarrow.types.is_string(column.type):
+        column = column.view(pyarrow.binary())
+    elif pyarrow.types.is_large_string(column.type):
+        column = column.view(pyarrow.large_binary())
+    # Arrow takes offsets from a file as they are, and would follow damaged ones anywhere.
+    column.validate(full=True)
+    values: list[Any] = column.to_pylist()
+    return values
+
+
+def _decode(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        rule = f"byte {error.start} ({raw[error.start]:#x}) is not UTF-8; save it as UTF-8 (iconv -f latin1 -t utf-8)"
+        raise RowError("encoding", place, rule) from error
+
+
+def _parse_json(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    # Besides what is no JSON: integers of thousands of digits, and brackets nested as deep.
+    except (ValueError, RecursionError) as error:
+        raise RowError("malformed", place, f"malformed JSON ({error}); correct it or remove it") from error
+
+
+def _recipe_fields(item: Any, place: str) -> tuple[Any, Any]:
+    match item:
+        case [{"from": "human", "value": problem}, {"from": "assistant", "ground_truth": {"value": answer}}, *_]:
+            return problem, answer
+        case {"prompt": [{"from": "user", "value": problem}, *_], "final_answer": answer}:
+            return problem, answer
+    raise RowError(
+        "missing_column",
+        place,
+        "is in neither of the recipe's forms; write it as "
+        '[{"from": "human", "value": problem}, {"from": "assistant", "ground_truth": {"value": answer}}] or '
+        '{"prompt": [{"from": "user", "value": problem}], "final_answer": answer}, '
+        "or use .jsonl with data.problem_column and data.answer_column",
+    )
+
+
+def _column(row: Any, column: str, place: str) -> Any:
+    if not isinstance(row, dict):
+        raise RowError("wrong_type", place, f'is not an object with named columns; write {{"{column}": ...}}')
+    if column not in row:
+        raise _missing_column(column, list(row), place)
+    return row[column]
+
+
+def _missing_column(column: str, present: Sequence[str], place: str) -> RowError:
+    listed = ", ".join(map(repr, present)) or "none"
+    rule = f"has no column {column!r}, only {listed}; set data.problem_column and data.answer_column"
+    return RowError("missing_column", place, rule)
+
+
+_SHOWN_CHARS = 100
+
+
+def _text(value: Any, name: str, place: str) -> str:
+    if isinstance(value, bytes):
+        value = _decode(value, f"{place}: the {name}")
+    if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
+        value = str(value)
+    if not isinstance(value, str):
+        rule = f"the {name} {repr(value)[:_SHOWN_CHARS]} is neither text nor a number; correct or remove it"
+        raise RowError("wrong_type", place, rule)
+    if not value.strip():
+        raise RowError("empty", place, f"the {name} is empty; fill it in or remove it")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        rule = f"the {name} holds a lone surrogate at character {error.start}, so it is not UTF-8; save it as UTF-8"
+        raise RowError("encoding", place, rule) from error
+    return value
+
+
+def _answer(value: Any, place: str) -> str:
+    _, gsm8k, final = _text(value, "answer", place).rpartition("####")
+    return _text(final.replace(",", "") if gsm8k else final, "answer", place).strip()
