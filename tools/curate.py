@@ -196,7 +196,8 @@ def open_sampler(command: Run) -> Iterator[Sampler]:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_orz.ranks import Ranks
-    from megatron_orz.rewards.grading import MathGrader
+    from megatron_orz.rewards.grading import ResponseGrader
+    from megatron_orz.rewards.verifiers import AnswerVerifier
     from megatron_orz.rollout.fleet import open_fleet
 
     disable_progress_bar()
@@ -207,9 +208,9 @@ def open_sampler(command: Run) -> Iterator[Sampler]:
     model = ModelConfig(path=difficulty.model, optimizer=OptimizerConfig(lr=1e-6), dtype=command.dtype)
     with (
         open_fleet(command.fleet, command.sampling, model, run_dir=command.output) as fleet,
-        Verifier(timeout_s=verifier.timeout_s, num_workers=verifier.num_workers) as graders,
+        AnswerVerifier(timeout_s=verifier.timeout_s, num_workers=verifier.num_workers) as graders,
     ):
-        yield fleet_sampler(difficulty, tokenizer, fleet, MathGrader(graders, tokenizer, Ranks()))
+        yield fleet_sampler(difficulty, tokenizer, fleet, ResponseGrader(graders, tokenizer, Ranks()))
 
 
 def model_identity(path: Path) -> dict[str, Any]:

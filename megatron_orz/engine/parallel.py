@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,8 @@ import torch.distributed as dist
 
 from megatron_orz.config import ParallelConfig
 from megatron_orz.engine import platform
+
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +81,49 @@ class Mesh:
 
 
 def _join_process_group(timeout_s: float) -> None:
-    """Joins the group torchrun (or srun) describes in the environment, or a group of one."""
+    """Joins the group torchrun (or srun) describes in the environment, or a group of one.
+
+    Ranks that are all on this machine listen on its loopback interface alone, unless GLOO_SOCKET_IFNAME or
+    NCCL_SOCKET_IFNAME name another one.
+    """
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    if "WORLD_SIZE" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if "WORLD_SIZE" not in os.environ:
+        _stay_on_loopback()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    is_on_loopback = os.environ["MASTER_ADDR"] in LOOPBACK
+    if is_on_loopback or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        _stay_on_loopback()
+    if not is_on_loopback:
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _loopback_store(rank, world_size, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _stay_on_loopback() -> None:
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, "lo")
+
+
+def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """The rendezvous of ranks on one machine, held by torchrun or else by rank 0."""
+    port = int(os.environ["MASTER_PORT"])
+    listener = None
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        # Left to itself, the store listens on every interface.
+        try:
+            listener = socket.create_server(("127.0.0.1", port)).detach()
+        except OSError as error:
+            raise RuntimeError(f"cannot listen on MASTER_PORT {port}: {error.strerror}; choose another one") from error
+    return dist.TCPStore(
+        "127.0.0.1", port, world_size, is_master=listener is not None, timeout=timeout, master_listen_fd=listener
+    )
 
 
 @contextlib.contextmanager

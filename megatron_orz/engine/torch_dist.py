@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.checkpoint_metadata import read_metadata
 from megatron_orz.engine.weight_table import Entry, Vocabulary
 
 FORMAT_FILE = "metadata.json"
@@ -62,7 +63,7 @@ class TorchDistCheckpoint:
         """Raises ValueError when a file is missing, damaged or truncated."""
         self.path = path
         _check_format(path / FORMAT_FILE)
-        metadata = _read_metadata(path)
+        metadata = read_metadata(path)
         self.tensors: Mapping[str, TensorStorageMetadata] = {
             key: stored
             for key, stored in metadata.state_dict_metadata.items()
@@ -229,11 +230,3 @@ def _check_format(file: Path) -> None:
         raise ValueError(f"{file} does not describe a distributed checkpoint ({error!r}); copy it again") from error
     if backend != FORMAT["sharded_backend"]:
         raise ValueError(f"{file}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        metadata: Metadata = FileSystemReader(path).read_metadata()
-    except Exception as error:  # a damaged pickle fails in any way
-        raise ValueError(f"{path / '.metadata'} cannot be read ({error!r}); copy the checkpoint again") from error
-    return metadata

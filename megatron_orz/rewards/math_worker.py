@@ -25,9 +25,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-MAX_OPEN_FILES = 64
 WRONG_ANSWER = "\\frac{1234577}{89}"
 """An expression must be told from this number."""
+
+MAX_OPEN_FILES = 64
 
 _LIBC = ctypes.CDLL(None)
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000

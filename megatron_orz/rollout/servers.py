@@ -19,6 +19,7 @@ import torch
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.process import SupervisedProcess
+from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
 
 MODEL_NAME = "policy"
 """What requests call the model, whatever its directory."""
@@ -134,6 +135,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int, on_cuda: bool
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",
+        *("--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
     ]
     if on_cuda:
         return [*command, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
@@ -157,6 +159,8 @@ def _environment(*, on_cuda: bool, cpu_threads: int | None) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(search_path),  # vLLM's workers import our weight transfer backend
         "VLLM_SERVER_DEV_MODE": "1",  # opens the endpoints of weight updates
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",  # where its processes meet each other
+        TOKEN_VARIABLE: server_token(),
     }
     if on_cuda:
         return environment

@@ -12,6 +12,7 @@ import httpx
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.servers import MODEL_NAME, ServerError
+from megatron_orz.rollout.token import authorization
 from megatron_orz.types import FinishReason, Prompt, Rollout
 
 # Enough to keep a server's batch full; what is beyond would only wait in its queue, at the cost of its deadline. Each
@@ -34,7 +35,7 @@ class VLLMClient:
         self.url = url
         self._request_timeout_s = request_timeout_s
         self._limits = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S)
-        self._http = httpx.Client(base_url=url, limits=self._limits, trust_env=False)
+        self._http = httpx.Client(base_url=url, limits=self._limits, trust_env=False, headers=authorization())
 
     def generate(
         self,
@@ -115,7 +116,9 @@ class VLLMClient:
                     on_rollout()
             return rollouts
 
-        async with httpx.AsyncClient(base_url=self.url, limits=self._limits, timeout=None, trust_env=False) as http:
+        async with httpx.AsyncClient(
+            base_url=self.url, limits=self._limits, timeout=None, trust_env=False, headers=authorization()
+        ) as http:
             # The first failure is raised at once; asyncio.run then cancels the other requests.
             answers = await asyncio.gather(*(siblings(http, *item) for item in enumerate(prompts)))
         return [rollout for answer in answers for rollout in answer]
