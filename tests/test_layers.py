@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curves": {"logs.read_metrics"},
     "engine": {"types", "config", "ops", "algorithms.losses"},
     "rollout": {"types", "config", "ranks"},
+    "evaluation": {"types", "config", "data", "rewards"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks"},

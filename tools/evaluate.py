@@ -1,0 +1,362 @@
+"""Evaluates language models on benchmarks, and grades what they have written.
+
+python tools/evaluate.py run --model runs/demo --data math500.json aime2024.json --output runs/demo-scores
+python tools/evaluate.py run --model runs/demo --server http://127.0.0.1:8000 --data held_out.jsonl --output runs/live
+python tools/evaluate.py show --input runs/demo-scores --wrong 10
+python tools/evaluate.py compare --first runs/base-scores --second runs/demo-scores
+python tools/evaluate.py grade --input generations.jsonl --output graded.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_orz.command_line import plain_errors
+from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
+from megatron_orz.evaluation.benchmark import Benchmark, load_benchmark
+from megatron_orz.evaluation.compare import compare
+from megatron_orz.evaluation.grade_file import grade_file
+from megatron_orz.evaluation.records import (
+    RUN_FILE,
+    SCORES_FILE,
+    ItemRecord,
+    RecordFile,
+    claim,
+    read_json,
+    read_records,
+    write_json,
+)
+from megatron_orz.evaluation.report import (
+    comparison_table,
+    flipped_items,
+    published_table,
+    response_table,
+    score_table,
+    wrong_items,
+)
+from megatron_orz.evaluation.run import Generate, answer_items
+from megatron_orz.evaluation.summary import Summary, summarise
+from megatron_orz.rewards.verifiers import AnswerVerifier
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHOWN_FAULTS = 20
+_SAMPLED_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Asks a model every item of the benchmarks, grades the responses and prints the scores.
+
+    An interrupted evaluation goes on where it stopped: give the same command again.
+    """
+
+    model: Path
+    """A Hugging Face checkpoint, or the directory of a finished run."""
+    data: tuple[Path, ...]
+    """Benchmark files: docs/evaluation.md lists their forms."""
+    output: Path
+    """Directory of the records and scores."""
+    server: str | None = None
+    """Address of a vLLM server that serves the model already, such as that of a live run; its weights are asked."""
+    num_responses: int = 16
+    """Responses to each item."""
+    sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(max_response_tokens=8000))
+    fleet: FleetConfig = field(default_factory=lambda: FleetConfig(max_model_tokens=10048))
+    """Without --server, where the model is run."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    dtype: DType = "float32"
+    """Type of the weights."""
+    template: str = "orz"
+    """Name of a built-in prompt template (`orz`, `short`), or a text that holds `{problem}`."""
+    max_prompt_tokens: int = 2048
+    """Longer prompts are left out and named."""
+    problem_column: str = "question"
+    answer_column: str = "answer"
+    option_seed: int = 0
+    """Shuffles the options of GPQA."""
+    max_items: int | None = None
+    """Only the first items of each file."""
+    seed: int = 0
+    strict: bool = False
+    """End at the first bad row instead of leaving it out."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_responses", "max_prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} < 1")
+        if self.max_items is not None and self.max_items < 1:
+            raise ValueError(f"max_items {self.max_items} < 1; leave it out for all items")
+        if not self.data:
+            raise ValueError("data names no file; give at least one benchmark file")
+        longest = self.max_prompt_tokens + self.sampling.max_response_tokens
+        if longest > self.fleet.max_model_tokens and self.server is None:
+            raise ValueError(
+                f"a prompt of {self.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
+                f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower max_prompt_tokens or "
+                "sampling.max_response_tokens"
+            )
+        names = [path.stem for path in self.data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"data holds two files of the same name ({', '.join(names)}), as their records are named")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Prints the scores of an evaluation, and its wrong items."""
+
+    input: Path
+    """Output directory of `run`."""
+    wrong: int = 0
+    """How many wrong items of each benchmark to list, the least solved first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Compares two evaluations item by item: the change with its interval, and which items flipped."""
+
+    first: Path
+    """Output directory of `run`."""
+    second: Path
+    """Output directory of `run`."""
+    flips: int = 5
+    """How many gained and lost items of each benchmark to list."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradeRows:
+    """Grades generations: adds `correct`, `extracted` and `timed_out` to rows with `response` and `answer`."""
+
+    input: Path
+    """A .jsonl file; `kind` (math, choice, code) and `finish_reason` of a row are heeded."""
+    output: Path
+    """Where to write, whole or not at all."""
+    anywhere: bool = False
+    r"""Take a \boxed{} outside of <answer> tags too, in responses without any."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    strict: bool = False
+    """End at the first malformed row instead of leaving it out."""
+
+
+Command: TypeAlias = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[GradeRows, tyro.conf.subcommand("grade")]
+)
+
+
+def main() -> None:
+    with plain_errors():
+        command: Command = tyro.cli(Command, description=__doc__)
+        match command:
+            case Run():
+                run(command)
+            case Show():
+                show(command)
+            case Compare():
+                compare_runs(command)
+            case GradeRows():
+                grade_rows(command)
+
+
+def run(command: Run) -> None:
+    from transformers import AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # transformers draws one for every model it loads
+    path = model_directory(command.model)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    benchmarks = [load(command, file, tokenizer) for file in command.data]
+    for benchmark in benchmarks:
+        report_faults(f"{benchmark}", benchmark.dropped)
+    with open_generation(command, path) as (generate, weights):
+        claim(command.output, identity(command, weights))
+        summaries = []
+        for benchmark in benchmarks:
+            records = answer(command, benchmark, generate, tokenizer)
+            summaries.append(summarise(benchmark.name, records))
+    scores = {
+        benchmark.name: {**asdict(summary), "dropped": benchmark.dropped}
+        for benchmark, summary in zip(benchmarks, summaries, strict=True)
+    }
+    write_json(command.output / SCORES_FILE, scores)
+    print_scores(summaries)
+    print(f"records and scores are in {command.output}")
+
+
+def load(command: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Benchmark:
+    return load_benchmark(
+        file,
+        tokenizer,
+        template=command.template,
+        max_prompt_tokens=command.max_prompt_tokens,
+        problem_column=command.problem_column,
+        answer_column=command.answer_column,
+        option_seed=command.option_seed,
+        max_items=command.max_items,
+        is_strict=command.strict,
+    )
+
+
+def answer(
+    command: Run, benchmark: Benchmark, generate: Generate, tokenizer: PreTrainedTokenizerBase
+) -> list[ItemRecord]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        RecordFile(command.output / f"{benchmark.name}.jsonl") as records,
+        AnswerVerifier(timeout_s=command.reward.timeout_s, num_workers=command.reward.num_workers) as verifier,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
+        task = progress.add_task(benchmark.name, total=len(benchmark.items) * command.num_responses)
+        return answer_items(
+            benchmark,
+            generate,
+            verifier,
+            tokenizer.decode,
+            records,
+            num_responses=command.num_responses,
+            seed=command.seed,
+            on_response=partial(progress.advance, task),
+        )
+
+
+@contextmanager
+def open_generation(command: Run, path: Path) -> Iterator[tuple[Generate, str]]:
+    """What asks the model, and a text that says which weights answer."""
+    if command.server is not None:
+        from megatron_orz.rollout.live import LiveServer
+
+        server = LiveServer(command.server, command.sampling, request_timeout_s=command.fleet.request_timeout_s)
+        yield server.generate, f"{server.url}, version {server.weight_version()}"
+        return
+    from megatron_orz.rollout.fleet import open_fleet
+
+    # The optimizer is a part of every ModelConfig; nothing is trained here.
+    model = ModelConfig(path=path, dtype=command.dtype, optimizer=OptimizerConfig(lr=1.0))
+    command.output.mkdir(parents=True, exist_ok=True)
+    with open_fleet(command.fleet, command.sampling, model, run_dir=command.output) as fleet:
+        yield fleet.generate, fingerprint(path)
+
+
+def model_directory(path: Path) -> Path:
+    """The checkpoint in a directory of a run or of a model. Raises ValueError where there is none."""
+    for directory in (path / "final", path):
+        if (directory / "config.json").is_file() and any(directory.glob("*.safetensors")):
+            return directory
+    raise ValueError(
+        f"{path} holds no Hugging Face checkpoint (config.json and .safetensors), nor a finished run's final/; "
+        "convert a distributed checkpoint with tools/convert.py megatron-to-hf, or name the run's server with --server"
+    )
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of the sizes and of the first and last bytes of the weights."""
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as weights:
+            digest.update(f"{file.name} {size} ".encode() + weights.read(_SAMPLED_BYTES))
+            weights.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(weights.read())
+    return digest.hexdigest()[:16]
+
+
+def identity(command: Run, weights: str) -> dict[str, Any]:
+    """What all records of an output directory have in common."""
+    ours = {entry.name for entry in fields(Run)} - {"model", "data", "output", "server", "fleet", "strict"}
+    values = {name: value for name, value in asdict(command).items() if name in ours}
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in command.data}
+    return {"weights": weights, "data": digests, "fleet": command.fleet.kind, **values}
+
+
+def show(command: Show) -> None:
+    benchmarks = read_run(command.input)
+    print_scores([summarise(name, records) for name, records in benchmarks.items()])
+    console = Console(highlight=False)
+    for name, records in benchmarks.items():
+        if command.wrong:
+            console.print(f"\n{name}: {sum(record.score < 1 for record in records)} items are not always solved")
+            console.print(wrong_items(records, limit=command.wrong))
+
+
+def compare_runs(command: Compare) -> None:
+    first, second = read_run(command.first), read_run(command.second)
+    common = [name for name in first if name in second]
+    if not common:
+        raise ValueError(
+            f"{command.first} ({', '.join(first)}) and {command.second} ({', '.join(second)}) have no benchmark in "
+            "common; compare runs on the same files"
+        )
+    for name in sorted({*first, *second} - {*common}):
+        print(f"{name} is in one of the two only, and is left out", file=sys.stderr)
+    comparisons = [compare(name, first[name], second[name]) for name in common]
+    console = Console(highlight=False)
+    console.print(comparison_table(comparisons))
+    for comparison in comparisons:
+        console.print(flipped_items(comparison, limit=command.flips))
+
+
+def read_run(directory: Path) -> dict[str, list[ItemRecord]]:
+    """The records of a run's benchmarks, by name. Raises ValueError where there are none."""
+    names = [Path(file).stem for file in read_json(directory / RUN_FILE)["data"]]
+    files = {name: directory / f"{name}.jsonl" for name in names}
+    records = {name: read_records(file) for name, file in files.items() if file.is_file()}
+    records = {name: items for name, items in records.items() if items}
+    if not records:
+        raise ValueError(f"{directory} holds no records yet; let tools/evaluate.py run get on")
+    return records
+
+
+def grade_rows(command: GradeRows) -> None:
+    faults: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with (
+        AnswerVerifier(timeout_s=command.reward.timeout_s, num_workers=command.reward.num_workers) as verifier,
+        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+    ):
+        size = command.input.stat().st_size if command.input.is_file() else None
+        report = grade_file(
+            command.input,
+            command.output,
+            verifier,
+            anywhere=command.anywhere,
+            is_strict=command.strict,
+            on_fault=faults.append,
+            on_row=partial(progress.advance, progress.add_task("grade", total=size)),
+        )
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    print(f"{report}; written to {command.output}")
+
+
+def report_faults(title: str, faults: Sequence[str]) -> None:
+    print(title, file=sys.stderr)
+    for fault in faults[:SHOWN_FAULTS]:
+        print(f"  {fault}", file=sys.stderr)
+    if len(faults) > SHOWN_FAULTS:
+        print(f"  and {len(faults) - SHOWN_FAULTS} more, all of them in {SCORES_FILE}", file=sys.stderr)
+
+
+def print_scores(summaries: Sequence[Summary]) -> None:
+    console = Console(highlight=False)
+    console.print(score_table(summaries))
+    console.print(response_table(summaries))
+    if (table := published_table(summaries)) is not None:
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()
