@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"types", "config", "ranks"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
-    "checkpoint": {"types", "config", "ranks"},
+    "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
     "conversion": {"types", "config", "engine", "checkpoint"},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},
