@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"types", "config", "data", "rewards"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
-    "checkpoint": {"types", "config", "ranks"},
+    "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
     "conversion": {"types", "config", "engine", "checkpoint"},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},
