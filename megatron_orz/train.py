@@ -28,7 +28,7 @@ from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
 from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
-from megatron_orz.rollout.fleet import open_fleet
+from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.types import Prompt, Stateful
 from megatron_orz.watchdog import Watchdog
 
@@ -103,6 +103,8 @@ def train(config: Config) -> None:
             fleet = stack.enter_context(
                 open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir)
             )
+            if isinstance(fleet, ServerFleet):
+                log.include(fleet.metrics)
             loss_mean, temperature = config.ppo.loss_mean, config.sampling.temperature
             policy = PolicyEngine(config.policy, mesh, loss_mean=loss_mean, temperature=temperature)
             critic = CriticEngine(config.critic, mesh, loss_mean=loss_mean, seed=config.seed)
