@@ -9,10 +9,10 @@ from pathlib import Path
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
-from megatron_orz.rollout.gloo_transport import GlooTransport
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.servers import ServerError, VLLMServer
 from megatron_orz.rollout.transport import WeightSender
+from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import Fleet, NamedWeights, Prompt, Rollout
@@ -145,14 +145,12 @@ def _start_replica(
     log_path: Path,
     on_wait: Callable[[float], None],
 ) -> Iterator[VLLMReplica]:
-    transport = GlooTransport(timeout_s=fleet.update_timeout_s)
+    transport = build_transport(fleet, folder=log_path.parent / "weights", is_one_machine=True)
     with ExitStack() as stack:
-        server = stack.enter_context(
-            VLLMServer(model, fleet, transfer_arguments=transport.server_arguments, log_path=log_path)
-        )
+        server = stack.enter_context(VLLMServer(model, fleet, transfer_arguments=SERVER_ARGUMENTS, log_path=log_path))
         server.wait_until_healthy(on_wait)
         client = stack.enter_context(VLLMClient(server.url, request_timeout_s=fleet.request_timeout_s))
-        sender = WeightSender(client, transport, timeout_s=fleet.update_timeout_s)
+        sender = WeightSender([client], transport, timeout_s=fleet.update_timeout_s, verification=fleet.verification)
         stack.callback(sender.close)
         sender.connect()
         client.post("/update_weight_version", {"new_version": str(INITIAL_VERSION)})
