@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watchdog": {"command_line", "peers", "ranks.RemoteError"},
     "ops": {"types", "_C"},
     "algorithms": {"types", "ops"},
-    "benchmark": {"ops"},
+    "benchmark": {"config", "ops", "rollout"},
     "data": {"types", "config"},
     "rewards": {"types", "config", "ranks"},
     "alerts": {"types"},

@@ -6,21 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.client import ServerClient
-from megatron_orz.rollout.gloo_transport import GlooTransport
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
 from megatron_orz.rollout.servers import InferenceServer
 from megatron_orz.rollout.transport import WeightSender
+from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
+
+LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 MAX_UPDATES = 3
 """Attempts at one weight update, as servers may die during it."""
@@ -54,7 +57,7 @@ def open_fleet(
                                 _runs(fleet, model, run_dir=run_dir),
                                 sampling,
                                 fleet,
-                                connect=partial(_connect, timeout_s=fleet.update_timeout_s),
+                                connect=partial(_connect, fleet=fleet, run_dir=run_dir),
                                 on_wait=on_wait,
                             )
                         )
@@ -135,7 +138,7 @@ def _find(url: str, fleet: FleetConfig, num_restarts: int) -> Running:
 def _start(
     index: int, log_name: str, fleet: FleetConfig, model: ModelConfig, run_dir: Path, num_restarts: int
 ) -> Running:
-    launch = vllm_launch(model, fleet, index=index, transfer_arguments=GlooTransport.server_arguments)
+    launch = vllm_launch(model, fleet, index=index, transfer_arguments=SERVER_ARGUMENTS)
     suffix = f"-restart-{num_restarts}" if num_restarts else ""
     process = InferenceServer(
         launch, start_timeout_s=fleet.start_timeout_s, log_path=run_dir / f"{log_name}{suffix}.log"
@@ -143,9 +146,10 @@ def _start(
     return Running(client=VLLMClient(process.url, request_timeout_s=fleet.request_timeout_s), process=process)
 
 
-def _connect(clients: Sequence[ServerClient], *, timeout_s: float) -> WeightSender:
-    vllm_clients = [client for client in clients if isinstance(client, VLLMClient)]
-    sender = WeightSender(vllm_clients, GlooTransport(timeout_s=timeout_s), timeout_s=timeout_s)
+def _connect(clients: Sequence[ServerClient], *, fleet: FleetConfig, run_dir: Path) -> WeightSender:
+    hosts = {urlsplit(client.url).hostname for client in clients}
+    transport = build_transport(fleet, folder=run_dir / "weights", is_one_machine=hosts <= LOOPBACK)
+    sender = WeightSender(clients, transport, timeout_s=fleet.update_timeout_s, verification=fleet.verification)
     try:
         sender.connect()
     except RuntimeError:
