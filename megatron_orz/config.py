@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -24,6 +25,24 @@ ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+MAX_TIMEOUT_S = 1e6
+"""The longest deadline, eleven days: some waits count milliseconds in 32 bits."""
+
+
+def _check_numbers(section: Any, place: str = "") -> None:
+    """Raises ValueError for numbers that are none, and for deadlines that never come, in a section and those below."""
+    for field_ in dataclasses.fields(section):
+        name, value = f"{place}{field_.name}", getattr(section, field_.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"{name} {value} is not a finite number")
+        if name.endswith("timeout_s"):
+            _require(
+                0 < value <= MAX_TIMEOUT_S, f"{name} {value:g} is not a deadline: it must be above 0, and at most 1e6 s"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +270,10 @@ class FleetConfig:
     def __post_init__(self) -> None:
         for name in ("start_timeout_s", "request_timeout_s", "update_timeout_s", "kv_cache_gib"):
             _require(getattr(self, name) > 0, f"fleet.{name} {getattr(self, name)} is not positive")
+        for name in ("max_model_tokens", "max_batch_rollouts"):
+            _require(getattr(self, name) >= 1, f"fleet.{name} {getattr(self, name)} is not at least 1")
+        _require(0 <= self.port <= 65535, f"fleet.port {self.port} is no port; 0 picks a free one")
+        _require(self.cpu_threads is None or self.cpu_threads >= 1, f"fleet.cpu_threads {self.cpu_threads} < 1")
         _require(0 < self.gpu_memory_share < 1, f"fleet.gpu_memory_share {self.gpu_memory_share} is outside (0, 1)")
 
 
@@ -288,12 +311,20 @@ class Config:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     seed: int = 0
+    deterministic: bool = False
+    """The same config and seed give the same bits on the same machine, at some cost in speed; `local` fleet only."""
     hang_timeout_s: float = 1800.0
     """The run ends when nothing moves on any rank for this long: no rollout, no grade, no mini-batch is finished."""
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config, and stop."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
+        _require(
+            not self.deterministic or self.fleet.kind == "local",
+            f"deterministic needs fleet.kind local, not {self.fleet.kind}: what a server computes together depends on "
+            "when requests arrive; set fleet.kind, or turn deterministic off",
+        )
         longest = self.data.max_prompt_tokens + self.sampling.max_response_tokens
         _require(
             longest <= self.fleet.max_model_tokens,

@@ -68,7 +68,7 @@ def train(config: Config) -> None:
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
-        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed))
+        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed, deterministic=config.deterministic))
         stack.enter_context(watchdog.watching_peers())
         ranks = stack.enter_context(contextlib.closing(Ranks()))
         is_main = mesh.rank == 0

@@ -5,6 +5,7 @@ Imported on both sides: nothing but torch.
 
 from __future__ import annotations
 
+import socket
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,13 +17,17 @@ FIRST_WORKER_RANK = 1
 
 def listen(*, world_size: int, timeout_s: float) -> dist.TCPStore:
     """The trainer's meeting point, on a free loopback port (`store.port`)."""
+    # Left to itself, the store listens on every interface.
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     return dist.TCPStore(
         "127.0.0.1",
-        0,
+        port,
         world_size,
         is_master=True,
         wait_for_workers=False,
         timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
     )
 
 
