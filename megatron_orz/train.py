@@ -133,7 +133,7 @@ def _check_model(config: Config, model: ModelConfig) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
     remedy = "copy the tokenizer's files of the same model there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises nothing narrower for a file it cannot read
         raise ValueError(f"{path} holds no tokenizer that transformers can load ({error!r}); {remedy}") from error
     # Where there are no files, transformers makes up a tokenizer without a vocabulary.

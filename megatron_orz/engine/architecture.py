@@ -108,7 +108,7 @@ def read_architecture(path: Path) -> Architecture:
     if family not in FAMILIES:
         raise ValueError(f"{config_file}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers checks options with errors of many types
         raise ValueError(f"{config_file} is not one transformers reads ({error}); mend or copy it again") from error
     for option, found, supported in _unsupported_options(config):
