@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from megatron_orz.types import LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
-FleetKind: TypeAlias = Literal["vllm", "local"]
+FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
@@ -228,7 +228,7 @@ class FleetConfig:
     """Where rollouts are generated."""
 
     kind: FleetKind = "vllm"
-    """`vllm`: inference servers; `local`: transformers, inside the trainer."""
+    """`vllm`, `sglang`: inference servers; `local`: transformers, inside the trainer."""
     urls: tuple[str, ...] = ()
     """Servers that run already (http://host:port); none: the run starts and stops its own on this machine."""
     num_servers: int = 1
@@ -350,6 +350,11 @@ class Config:
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
+        )
+        _require(
+            self.fleet.kind != "sglang" or (self.sampling.top_p == 1.0 and self.sampling.top_k == -1),
+            f"SGLang's log-probabilities leave out sampling.top_p {self.sampling.top_p} and sampling.top_k "
+            f"{self.sampling.top_k}: they would not be those of the responses; use 1.0 and -1, or --fleet.kind vllm",
         )
         multiple = self.parallel.pack_multiple
         least = -(-longest // multiple) * multiple
