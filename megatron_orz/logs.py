@@ -85,6 +85,7 @@ class RunLog:
         self._is_main = is_main
         self._on_progress = on_progress
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._gauges: list[Callable[[], Metrics]] = []
         if is_main:
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -135,12 +136,18 @@ class RunLog:
 
             yield advance
 
+    def include(self, gauge: Callable[[], Metrics]) -> None:
+        """Adds what `gauge` says at the time to every later record."""
+        self._gauges.append(gauge)
+
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of metrics, with the spans since the last one, and prints its line.
+        """Writes a row of metrics, with the gauges and the spans since the last one, and prints its line.
 
         What looks wrong among them is said below the line, and is `alert/<metric>` = 1 in the row.
         """
         row = {**metrics, **self._seconds}
+        for gauge in self._gauges:
+            row |= gauge()
         self._seconds.clear()
         if not self._is_main:
             return

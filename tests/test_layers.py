@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Modules of other projects that only one layer knows.
-OWNED_BY = {"megatron.core": "engine", "vllm": "rollout"}
+OWNED_BY = {"megatron.core": "engine", "vllm": "rollout", "sglang": "rollout"}
 
 
 def sources() -> list[Path]:

@@ -167,10 +167,10 @@ def test_trainer_ranks_on_one_machine_listen_on_loopback_alone(world_size: int) 
     assert {address for address, _ in listening} == {"127.0.0.1"}
 
 
-def test_the_token_is_in_no_argument_and_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_orz.rollout import servers
+def test_a_server_gets_a_token_in_its_environment() -> None:
+    from megatron_orz.rollout import vllm_server
     from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
 
-    environment: Callable[..., dict[str, str]] = servers._environment
+    environment: Callable[..., dict[str, str]] = vllm_server._environment
     assert environment(on_cuda=False, cpu_threads=1)[TOKEN_VARIABLE] == server_token()
     assert len(server_token()) >= 32

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -80,40 +81,49 @@ class WeightTransport(Protocol):
 
 
 class WeightSender:
-    """Updates one server over one transport.
+    """Updates servers over one transport: one broadcast reaches all of them.
 
     timeout_s: deadline of connecting, and of one whole update.
     """
 
-    def __init__(self, client: VLLMClient, transport: WeightTransport, *, timeout_s: float) -> None:
-        self._client = client
+    def __init__(self, clients: Sequence[VLLMClient], transport: WeightTransport, *, timeout_s: float) -> None:
+        self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
-        self._halves = ThreadPoolExecutor(2, "weights")
+        self._halves = ThreadPoolExecutor(len(clients) + 1, "weights")
 
     def connect(self) -> None:
-        """Joins the trainer and the server's workers."""
-        num_workers = self._client.get("/get_world_size")["world_size"]
-        init_info = self._transport.init_info(num_workers)
-        join = partial(
-            self._client.post, "/init_weight_transfer_engine", {"init_info": init_info}, timeout_s=self._timeout_s
-        )
-        self._exchange(join, self._transport.connect)
+        """Joins the trainer and the workers of every server, which are numbered in the order of the clients."""
+        sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
+        init_info = self._transport.init_info(sum(sizes))
+        joins = [
+            partial(
+                client.post,
+                "/init_weight_transfer_engine",
+                {"init_info": {**init_info, "first_rank": first_rank}},
+                timeout_s=self._timeout_s,
+            )
+            for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
+        ]
+        self._exchange(joins, self._transport.connect)
 
     def send(self, weights: NamedWeights, version: int) -> None:
-        """Gives the server new weights; its later rollouts are of `version`.
+        """Gives the servers new weights; their later rollouts are of `version`.
 
-        Raises ServerError or RuntimeError; the server then holds neither the old nor the new weights.
+        Raises ServerError or RuntimeError; the servers then hold neither the old nor the new weights.
         """
         deadline = time.monotonic() + self._timeout_s
 
-        def post(path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
+        def posts(path: str, body: dict[str, Any] | None = None, **query: str) -> list[Callable[[], dict[str, Any]]]:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
                 raise ServerError(
                     f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
                 )
-            return self._client.post(path, body, query=query, timeout_s=remaining_s)
+            return [partial(client.post, path, body, query=query, timeout_s=remaining_s) for client in self._clients]
+
+        def post(path: str, body: dict[str, Any] | None = None, **query: str) -> list[dict[str, Any]]:
+            return [half.result() for half in self._started(posts(path, body, **query))]
 
         # The caches are cleared once, below, where it is seen whether that worked.
         post("/pause", mode="keep", clear_cache="false")
@@ -121,12 +131,12 @@ class WeightSender:
         for bucket in buckets(weights, BUCKET_BYTES):
             update_info = self._transport.update_info(bucket)
             self._exchange(
-                partial(post, "/update_weights", {"update_info": update_info}), partial(self._transport.send, bucket)
+                posts("/update_weights", {"update_info": update_info}), partial(self._transport.send, bucket)
             )
         post("/finish_weight_update", {"weight_version": str(version)})
         # An update leaves the cached keys and values of the old weights in place.
-        if not post("/reset_prefix_cache")["success"]:
-            raise ServerError("the server could not reset its prefix cache: requests still hold parts of it")
+        if not all(answer["success"] for answer in post("/reset_prefix_cache")):
+            raise ServerError("a server could not reset its prefix cache: requests still hold parts of it")
         post("/resume")
 
     def close(self) -> None:
@@ -134,11 +144,15 @@ class WeightSender:
         self._transport.close()
         self._halves.shutdown(wait=False, cancel_futures=True)
 
-    def _exchange(self, server_half: Callable[[], object], trainer_half: Callable[[], object]) -> None:
-        """Runs both halves at once. The first error is raised without waiting for the other half, which cannot end
-        well alone; its own deadline ends it, or the end of the server."""
-        halves = [self._halves.submit(server_half), self._halves.submit(trainer_half)]
-        done, _ = wait(halves, return_when=FIRST_EXCEPTION)
-        for half in halves:
-            if half in done:
-                half.result()
+    def _exchange(self, server_halves: Sequence[Callable[[], object]], trainer_half: Callable[[], object]) -> None:
+        """Runs all halves at once. The first error is raised without waiting for the other halves, which cannot end
+        well alone; their own deadline ends them, or the end of the server."""
+        self._started([*server_halves, trainer_half])
+
+    def _started(self, halves: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
+        futures = [self._halves.submit(half) for half in halves]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in futures:
+            if future in done:
+                future.result()
+        return futures

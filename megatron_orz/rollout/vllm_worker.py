@@ -36,6 +36,8 @@ class GlooInitInfo(WeightTransferInitInfo):
     port: int
     world_size: int
     timeout_s: float
+    first_rank: int
+    """Of this server's workers in the group."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         )
         self._group = gloo.join(
             store,
-            rank=gloo.FIRST_WORKER_RANK + worker,
+            rank=init_info.first_rank + worker,
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
         )
