@@ -39,7 +39,7 @@ def what_is_missing_for_cuda() -> str | None:
     nvcc = Path(CUDA_HOME or "/usr/local/cuda", "bin", "nvcc")
     if not nvcc.exists():
         return f"no {nvcc}; install the toolkit of CUDA {torch.version.cuda}, or set CUDA_HOME to where it is"
-    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     release = re.search(r"release (\d+)\.\d+", report)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = release[0] if release else report
