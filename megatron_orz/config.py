@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 from megatron_orz.types import LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
-FleetKind: TypeAlias = Literal["vllm", "local"]
+FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
 TransportKind: TypeAlias = Literal["auto", "ipc", "nccl", "gloo", "disk"]
 Verification: TypeAlias = Literal["sampled", "full", "off"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
@@ -26,6 +27,24 @@ ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+MAX_TIMEOUT_S = 1e6
+"""The longest deadline, eleven days: some waits count milliseconds in 32 bits."""
+
+
+def _check_numbers(section: Any, place: str = "") -> None:
+    """Raises ValueError for numbers that are none, and for deadlines that never come, in a section and those below."""
+    for field_ in dataclasses.fields(section):
+        name, value = f"{place}{field_.name}", getattr(section, field_.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"{name} {value} is not a finite number")
+        if name.endswith("timeout_s"):
+            _require(
+                0 < value <= MAX_TIMEOUT_S, f"{name} {value:g} is not a deadline: it must be above 0, and at most 1e6 s"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +249,7 @@ class FleetConfig:
     """Where rollouts are generated."""
 
     kind: FleetKind = "vllm"
-    """`vllm`: inference servers; `local`: transformers, inside the trainer."""
+    """`vllm`, `sglang`: inference servers; `local`: transformers, inside the trainer."""
     urls: tuple[str, ...] = ()
     """Servers that run already (http://host:port); none: the run starts and stops its own on this machine."""
     num_servers: int = 1
@@ -278,8 +297,13 @@ class FleetConfig:
             "kv_cache_gib",
         ):
             _require(getattr(self, name) > 0, f"fleet.{name} {getattr(self, name)} is not positive")
-        for name in ("num_servers", "server_tp", "min_servers", "max_rollouts_in_flight"):
+        for name in (
+            *("max_model_tokens", "max_batch_rollouts"),
+            *("num_servers", "server_tp", "min_servers", "max_rollouts_in_flight"),
+        ):
             _require(getattr(self, name) >= 1, f"fleet.{name} {getattr(self, name)} is not at least 1")
+        _require(0 <= self.port <= 65535, f"fleet.port {self.port} is no port; 0 picks a free one")
+        _require(self.cpu_threads is None or self.cpu_threads >= 1, f"fleet.cpu_threads {self.cpu_threads} < 1")
         _require(0 < self.gpu_memory_share < 1, f"fleet.gpu_memory_share {self.gpu_memory_share} is outside (0, 1)")
         _require(
             not self.urls or self.num_servers == 1,
@@ -378,6 +402,8 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
+    deterministic: bool = False
+    """The same config and seed give the same bits on the same machine, at some cost in speed; `local` fleet only."""
     hang_timeout_s: float = 1800.0
     """The run ends when nothing moves on any rank for this long: no rollout, no grade, no mini-batch is finished."""
     fresh: bool = False
@@ -386,12 +412,23 @@ class Config:
     """Check everything that can be checked without building a model, print the resolved config, and stop."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
+        _require(
+            not self.deterministic or self.fleet.kind == "local",
+            f"deterministic needs fleet.kind local, not {self.fleet.kind}: what a server computes together depends on "
+            "when requests arrive; set fleet.kind, or turn deterministic off",
+        )
         longest = self.data.max_prompt_tokens + self.sampling.max_response_tokens
         _require(
             longest <= self.fleet.max_model_tokens,
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
+        )
+        _require(
+            self.fleet.kind != "sglang" or (self.sampling.top_p == 1.0 and self.sampling.top_k == -1),
+            f"SGLang's log-probabilities leave out sampling.top_p {self.sampling.top_p} and sampling.top_k "
+            f"{self.sampling.top_k}: they would not be those of the responses; use 1.0 and -1, or --fleet.kind vllm",
         )
         multiple = self.parallel.pack_multiple
         least = -(-longest // multiple) * multiple

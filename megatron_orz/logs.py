@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich import box
 from rich.console import Console
@@ -34,6 +34,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_orz.alerts import Alerts
 from megatron_orz.config import Config, to_json
+from megatron_orz.json_file import parse_json
 from megatron_orz.types import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -155,7 +156,7 @@ class RunLog:
         self._gauges.append(gauge)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of metrics, with the spans since the last one, and prints its line.
+        """Writes a row of metrics, with the gauges and the spans since the last one, and prints its line.
 
         What looks wrong among them is said below the line, and is `alert/<metric>` = 1 in the row.
         """
@@ -219,13 +220,25 @@ def read_metrics(path: Path) -> list[Metrics]:
     """Rows of a metrics.jsonl, one for each step, in order; null reads as nan.
 
     Rows of one step are merged and the last value of a metric wins, so that a resumed run reads as one run.
+    Raises ValueError naming the file and the line that is no row.
     """
-    text = path.read_text()
+    content = path.read_bytes()
     rows: defaultdict[int, Metrics] = defaultdict(dict)
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        rows[int(row["step"])].update(row)
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+        place = f"{path}: line {number}"
+        row = parse_json(line, place)
+        if not _is_row(row):
+            raise ValueError(f"{place} is not a row of metrics; remove it")
+        rows[row["step"]].update({name: math.nan if value is None else value for name, value in row.items()})
     return [rows[step] for step in sorted(rows)]
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(value is None or type(value) in (int, float) for value in row.values())
+    )
 
 
 def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> Text:

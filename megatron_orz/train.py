@@ -73,7 +73,7 @@ def train(config: Config) -> None:
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
-        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed))
+        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed, deterministic=config.deterministic))
         stack.enter_context(watchdog.watching_peers())
         ranks = stack.enter_context(contextlib.closing(Ranks()))
         is_main = mesh.rank == 0
@@ -173,7 +173,7 @@ def _check_model(config: Config, model: ModelConfig) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
     remedy = "copy the tokenizer's files of the same model there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises nothing narrower for a file it cannot read
         raise ValueError(f"{path} holds no tokenizer that transformers can load ({error!r}); {remedy}") from error
     # Where there are no files, transformers makes up a tokenizer without a vocabulary.

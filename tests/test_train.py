@@ -128,6 +128,13 @@ def sentence(stderr: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (
+            "--deterministic --fleet.kind vllm",
+            r"deterministic needs fleet\.kind local, not vllm: .*; set fleet\.kind, .*",
+        ),
+        ("--hang-timeout-s 500", r"hang_timeout_s 500 is not above parallel\.timeout_s 600, .*; raise hang_timeout_s"),
+        ("--policy.optimizer.lr inf", r"policy\.optimizer\.lr inf is not a finite number"),
+        ("--fleet.port 99999", r"fleet\.port 99999 is no port; 0 picks a free one"),
         ("--parallel.tp 2", r"world size 1 is not a multiple of tp\*pp\*cp = 2\*1\*1; set parallel\.tp, .*"),
         ("--policy.path {home}/gpt2", r"\S+config\.json: model_type 'gpt2' is not one of llama, mistral, .*"),
         ("--critic.path {home}/none", r"\S+none holds no config\.json; .* must be a Hugging Face checkpoint directory"),
@@ -417,6 +424,48 @@ def test_a_directory_in_use_by_a_live_run_is_left_alone(
     expected = r"run is in use by a live run; wait for it, or set run_dir"
     assert re.fullmatch(expected, sentence(capfd.readouterr().err))
     assert files_of(finished.run_dir) == before
+
+
+def test_a_deterministic_run_repeats_bit_by_bit(home: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("first", "second")]
+    try:
+        for run in runs:
+            torch.manual_seed(len(str(run)))  # a run does not depend on what went before
+            assert command_line(home, "--deterministic", "--run-dir", str(run)) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    first, second = runs
+    assert_same_bits(first, second)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """The same weights, and the same metrics of every step, except for those that measure time."""
+    weights = [(run / "final" / "model.safetensors").read_bytes() for run in (first, second)]
+    assert weights[0] == weights[1]
+    rows = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
+    measured = [
+        [{name: x for name, x in row.items() if not name.startswith(("time/", "tokens_per_s"))} for row in of_run]
+        for of_run in rows
+    ]
+    assert len(measured[0]) == 3
+    assert measured[0] == measured[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("--parallel.tp", "2")])
+def test_deterministic_ranks_repeat_bit_by_bit(home: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    runs = [tmp_path / name for name in ("first", "second")]
+    for run in runs:
+        grid = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        arguments = ("--deterministic", "--run-dir", str(run), *layout)
+        ranks = [run_process(home, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **grid) for rank in range(2)]
+        try:
+            said = [rank.communicate(timeout=2 * DEADLINE_S)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert_same_bits(*runs)
 
 
 def test_another_seed_gives_another_run(home: Path, finished: Finished, tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def open_sampler(command: Run) -> Iterator[Sampler]:
     disable_progress_bar()
     difficulty, verifier = command.difficulty, command.verifier
     assert difficulty.model is not None
-    tokenizer = AutoTokenizer.from_pretrained(difficulty.model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(difficulty.model, local_files_only=True, trust_remote_code=False)
     # A fleet serves what a trainer trains; here nothing is trained, and the learning rate is never read.
     model = ModelConfig(path=difficulty.model, optimizer=OptimizerConfig(lr=1e-6), dtype=command.dtype)
     with (

@@ -4,26 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
-from megatron_orz.rollout.client import ServerClient
+from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
-from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
-from megatron_orz.rollout.servers import InferenceServer
-from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
-from megatron_orz.rollout.vllm_client import VLLMClient
-from megatron_orz.rollout.vllm_server import vllm_launch
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
-
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 MAX_UPDATES = 3
 """Attempts at one weight update, as servers may die during it."""
@@ -48,16 +38,16 @@ def open_fleet(
         match fleet.kind:
             case "local":
                 yield LocalFleet(model, sampling, ranks=ranks, max_batch_rollouts=fleet.max_batch_rollouts)
-            case "vllm":
+            case kind:
                 group = None
                 with ranks.share_fate("starting the servers"):
                     if ranks.rank == 0:
                         group = stack.enter_context(
                             open_group(
-                                _runs(fleet, model, run_dir=run_dir),
+                                server_runs(kind, fleet, model, run_dir=run_dir),
                                 sampling,
                                 fleet,
-                                connect=partial(_connect, fleet=fleet, run_dir=run_dir),
+                                connect=weight_sender(kind, fleet, model, run_dir=run_dir),
                                 on_wait=on_wait,
                             )
                         )
@@ -117,42 +107,3 @@ class ServerFleet:
     def metrics(self) -> Metrics:
         """What happened to the servers since the run began; empty on all ranks but the first."""
         return self._servers.metrics() if self._servers is not None else {}
-
-
-def _runs(fleet: FleetConfig, model: ModelConfig, *, run_dir: Path) -> list[tuple[str, Callable[[int], Running]]]:
-    """A name for each server, and what starts or finds it."""
-    if fleet.urls:
-        return [(f"the server at {url}", partial(_find, url, fleet)) for url in fleet.urls]
-    if fleet.num_servers == 1:
-        return [("the server", partial(_start, 0, "vllm", fleet, model, run_dir))]
-    return [
-        (f"server {index}", partial(_start, index, f"vllm-{index}", fleet, model, run_dir))
-        for index in range(fleet.num_servers)
-    ]
-
-
-def _find(url: str, fleet: FleetConfig, num_restarts: int) -> Running:
-    return Running(client=VLLMClient(url, request_timeout_s=fleet.request_timeout_s), process=None)
-
-
-def _start(
-    index: int, log_name: str, fleet: FleetConfig, model: ModelConfig, run_dir: Path, num_restarts: int
-) -> Running:
-    launch = vllm_launch(model, fleet, index=index, transfer_arguments=SERVER_ARGUMENTS)
-    suffix = f"-restart-{num_restarts}" if num_restarts else ""
-    process = InferenceServer(
-        launch, start_timeout_s=fleet.start_timeout_s, log_path=run_dir / f"{log_name}{suffix}.log"
-    )
-    return Running(client=VLLMClient(process.url, request_timeout_s=fleet.request_timeout_s), process=process)
-
-
-def _connect(clients: Sequence[ServerClient], *, fleet: FleetConfig, run_dir: Path) -> WeightSender:
-    hosts = {urlsplit(client.url).hostname for client in clients}
-    transport = build_transport(fleet, folder=run_dir / "weights", is_one_machine=hosts <= LOOPBACK)
-    sender = WeightSender(clients, transport, timeout_s=fleet.update_timeout_s, verification=fleet.verification)
-    try:
-        sender.connect()
-    except RuntimeError:
-        sender.close()
-        raise
-    return sender

@@ -176,7 +176,7 @@ def test_a_prompt_too_long_for_the_server_is_refused_with_its_reason(tied: Runni
         ask(tied.url, make_prompts(1), SamplingConfig(max_response_tokens=1500))
 
 
-def test_a_killed_server_ends_the_request_and_comes_back_for_the_next_update(tied: Running) -> None:
+def test_a_server_killed_during_a_request_is_an_error_not_a_hang(tied: Running) -> None:
     """The last test of this server: it is the only one, so that the request cannot move on."""
     (api_server,) = tied.processes[0].children()
     Timer(0.5, api_server.kill).start()
@@ -184,10 +184,6 @@ def test_a_killed_server_ends_the_request_and_comes_back_for_the_next_update(tie
     with pytest.raises(ServerError, match=r"0 of 1 servers .* exit code 137 during the run; see .*vllm\.log"):
         tied.fleet.generate(make_prompts(500), num_responses=20, seed=0)
     assert time.monotonic() - started < 20
-    model = tiny_model(tied=True, seed=3)
-    tied.fleet.update_weights(named_weights(model), 7)
-    assert log_prob_error(model, tied.fleet.generate(make_prompts(8), num_responses=4, seed=0), SAMPLING) < TOLERANCE
-    tied.processes += processes_of(tied.fleet, 0)
 
 
 @pytest.mark.slow
@@ -207,7 +203,7 @@ def test_an_incomplete_update_is_refused_and_the_server_started_anew(untied: Run
     untied.fleet.update_weights(named_weights(model), 10)
     rollouts = untied.fleet.generate(make_prompts(8), num_responses=4, seed=0)
     assert log_prob_error(model, rollouts, SAMPLING) < TOLERANCE
-    untied.processes += processes_of(untied.fleet, 0)
+    untied.processes.extend(processes_of(untied.fleet, 0))
 
 
 @pytest.mark.slow
