@@ -43,7 +43,8 @@ class Preemption:
 
     def stop(self) -> None:
         """Ends the process with the exit code for requeueing."""
-        self._say("stopped by a signal after a checkpoint; the same command goes on from it")
+        if self._ranks.rank == 0:
+            self._say("stopped by a signal after a checkpoint; the same command goes on from it")
         sys.exit(REQUEUE)
 
     def __enter__(self) -> Self:
