@@ -227,8 +227,8 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path: Pa
             r"run the same command again: it goes on from step-00000001",
         ):
             store.wait()
-        assert newest(disk) == (1, [])
         assert names(disk) == {"step-00000001", "latest"}
+        assert newest(disk) == (1, [])
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
