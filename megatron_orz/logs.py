@@ -105,6 +105,12 @@ class RunLog:
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
                 self._metrics = _LineFile(run_dir / METRICS_FILE, goes_on_at.num_bytes if goes_on_at else None)
+                if goes_on_at and (found := self._metrics.flush()) < goes_on_at.num_bytes:
+                    self.console.print(
+                        f"warning: {METRICS_FILE} lacks rows before step {goes_on_at.step}: {found} of "
+                        f"{goes_on_at.num_bytes} bytes are there",
+                        soft_wrap=True,
+                    )
                 self._alerts = Alerts(read_metrics(run_dir / METRICS_FILE))
                 self._tensorboard = _EventFile(run_dir / "tensorboard", goes_on_at.step if goes_on_at else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -42,7 +43,8 @@ class Preemption:
 
     def stop(self) -> None:
         """Ends the process with the exit code for requeueing."""
-        self._say("stopped by a signal after a checkpoint; the same command goes on from it")
+        if self._ranks.rank == 0:
+            self._say("stopped by a signal after a checkpoint; the same command goes on from it")
         sys.exit(REQUEUE)
 
     def __enter__(self) -> Self:
@@ -64,9 +66,16 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received is None:
             self._received = signal.Signals(number).name
-            self._say(f"{self._received}: stopping at the end of the step, within {self._grace_s:g} s")
+            _say_at_once(f"{self._received}: stopping at the end of the step, within {self._grace_s:g} s")
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
-        self._say(f"the step did not end within {self._grace_s:g} s; the same command goes on from the last checkpoint")
+        _say_at_once(
+            f"the step did not end within {self._grace_s:g} s; the same command goes on from the last checkpoint"
+        )
         sys.exit(REQUEUE)
+
+
+def _say_at_once(message: str) -> None:
+    """As a signal handler may: it can interrupt a `print`, which another one must not enter."""
+    os.write(2, f"{message}\n".encode())

@@ -252,7 +252,7 @@ CALLS = {
     "manifest": ("megatron_orz.checkpoint.manifest", "Manifest.write"),
     "rename": ("pathlib", "Path.rename"),
     "latest": ("pathlib", "Path.symlink_to"),
-    "thin-out": ("megatron_orz.checkpoint.store", "CheckpointStore._thin_out"),
+    "thin-out": ("megatron_orz.checkpoint.directory", "CheckpointDirectory.thin_out"),
     "remove": ("shutil", "rmtree"),
     "restore": ("megatron_orz.checkpoint.store", "CheckpointStore.restore"),
     "final": ("megatron_orz.checkpoint.hf_export", "_write_shards"),
