@@ -165,12 +165,13 @@ def stages(command: Run, store: Store) -> list[Stage]:
         Stage(name="duplicates", judge=command.duplicates.judge, identity=asdict(command.duplicates)),
     ]
     if command.evaluation:
-        problems = [problem for path in command.evaluation for problem in read_problems(path)]
+        files = [file for path in command.evaluation for file in data_files(path)]
+        problems = [problem for file in files for problem in read_problems(file)]
         chosen.append(
             Stage(
                 name="contamination",
                 judge=partial(command.decontamination.judge, evaluation=problems),
-                identity=asdict(command.decontamination) | {"evaluation": [*map(file_digest, command.evaluation)]},
+                identity=asdict(command.decontamination) | {"evaluation": [*map(file_digest, files)]},
             )
         )
     chosen.append(
