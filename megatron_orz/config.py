@@ -273,6 +273,23 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationsConfig:
+    """The rollouts of a step as a parquet file, for people and for analysis."""
+
+    interval: int = 1
+    """Save those of every `interval`-th step; 0 saves none."""
+    max_mib: float = 64.0
+    """Largest file. What a step has beyond it is left out, from the last prompt on, and counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, f"generations.interval {self.interval} is negative; 0 saves none")
+        _require(
+            self.interval == 0 or self.max_mib > 0,
+            f"generations.max_mib {self.max_mib} holds no rollout; set generations.interval to 0 to save none",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, complete."""
 
@@ -287,6 +304,7 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    generations: GenerationsConfig = field(default_factory=GenerationsConfig)
     seed: int = 0
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config, and stop."""

@@ -1,19 +1,17 @@
 """What a run tells and leaves behind in its directory.
 
     metrics.jsonl    a row per step: `step` and the metrics, appended whole; null is what is not a finite number
-    tensorboard/     the same, for TensorBoard
+    tensorboard/     the same and histograms, for TensorBoard
     config.json      the resolved config
 
 Metrics are named `group/name`. They arrive already averaged over ranks; only the main rank writes and speaks.
 """
 
-import io
 import json
 import math
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -25,11 +23,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_orz.config import Config, to_json
+from megatron_orz.log_files import EventFile, LineFile
 from megatron_orz.types import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -70,11 +66,12 @@ class RunLog:
         self._num_steps = num_steps
         self._is_main = is_main
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._distributions: dict[str, Sequence[float]] = {}
         if is_main:
-            with _writing(run_dir):
+            with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
-                self._metrics = _LineFile(run_dir / METRICS_FILE)
-                self._tensorboard = _EventFile(run_dir / "tensorboard")
+                self._metrics = LineFile(run_dir / METRICS_FILE)
+                self._tensorboard = EventFile(run_dir / "tensorboard")
 
     def write_config(self, config: Config) -> None:
         """Writes config.json, whole or not at all."""
@@ -83,7 +80,7 @@ class RunLog:
         path = self.run_dir / "config.json"
         unfinished = path.with_suffix(".json.tmp")
         try:
-            with _writing(path):
+            with writing(path):
                 unfinished.write_text(to_json(config))
                 unfinished.replace(path)
         finally:
@@ -112,15 +109,21 @@ class RunLog:
             task = bar.add_task(description, total=total)
             yield lambda: bar.advance(task)
 
+    def distribution(self, name: str, values: Sequence[float]) -> None:
+        """Shows the values as a histogram with the next record; none are not shown."""
+        if values:
+            self._distributions[name] = values
+
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a row of metrics, with the spans since the last one, and prints its line."""
-        row = {**metrics, **self._seconds}
+        row, distributions = {**metrics, **self._seconds}, self._distributions
         self._seconds.clear()
+        self._distributions = {}
         if not self._is_main:
             return
-        with _writing(self.run_dir):
+        with writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
-            self._tensorboard.append(step, row)
+            self._tensorboard.append(step, row, distributions)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
 
@@ -131,7 +134,7 @@ class RunLog:
     def close(self) -> None:
         """Closes the files; what was recorded is already on disk."""
         if self._is_main:
-            with _writing(self.run_dir):
+            with writing(self.run_dir):
                 self._metrics.close()
                 self._tensorboard.close()
 
@@ -152,7 +155,7 @@ def set_aside(run_dir: Path) -> Path | None:
     if not (run_dir / METRICS_FILE).exists():
         return None
     target = next(path for n in count(1) if not (path := run_dir.with_name(f"{run_dir.name}-{n}")).exists())
-    with _writing(target):
+    with writing(target):
         return run_dir.rename(target)
 
 
@@ -214,62 +217,9 @@ def _to_json_line(step: int, metrics: Mapping[str, float]) -> bytes:
     return (json.dumps({"step": step, **values}) + "\n").encode()
 
 
-class _LineFile:
-    """A file that only ever holds whole lines, and holds each as soon as it is appended."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
-        written = path.read_bytes()
-        # A machine that went down while writing leaves half a line.
-        self._file.truncate(written.rfind(b"\n") + 1)
-
-    def append(self, line: bytes) -> None:
-        """Appends a line, newline included; when it does not fit, raises OSError and leaves the file as it was."""
-        _append(self._file, line)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _EventFile:
-    """A TensorBoard event file that holds every row as soon as it is appended.
-
-    TensorBoard's own writer works in a thread, where a full disk is a traceback that nothing can catch.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        directory.mkdir(exist_ok=True)
-        now = time.time()
-        self._file = (directory / f"events.out.tfevents.{now:.6f}.{os.getpid()}").open("ab", buffering=0)
-        self._write(Event(wall_time=now, file_version="brain.Event:2"))
-
-    def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one value of every metric; when they do not fit, raises OSError and leaves the file as it was."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-
-    def _write(self, event: Event) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        _append(self._file, record.getvalue())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _append(file: io.FileIO, data: bytes) -> None:
-    """All of the data, or none of it and OSError."""
-    size = os.fstat(file.fileno()).st_size
-    try:
-        while data:
-            data = data[file.write(data) :]
-    except OSError:
-        file.truncate(size)
-        raise
-
-
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """An error of the disk in the body becomes a RunDirectoryError."""
     try:
         yield
     except OSError as error:

@@ -21,6 +21,7 @@ from megatron_orz.engine.architecture import read_architecture
 from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
+from megatron_orz.metrics.recorder import RolloutRecorder
 from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
@@ -84,6 +85,7 @@ def train(config: Config) -> None:
         reward = config.reward
         verifier = stack.enter_context(Verifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = MathGrader(verifier, tokenizer, ranks)
+        recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
         ppo.run(
             config,
@@ -93,12 +95,14 @@ def train(config: Config) -> None:
             grader=grader,
             prompts=PromptStream(prompts, seed=config.seed),
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
+            record_rollouts=recorder.record,
             ranks=mesh,
             log=log,
         )
         with ranks.share_fate("writing the final checkpoint"):
-            final = config.run_dir / "final"
+            final, final_critic = config.run_dir / "final", config.run_dir / "final-critic"
             export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
+            export_hf(critic.hf_weights(), source=config.critic.path, target=final_critic, is_writer=is_main)
         if is_main:
             summarise(config, log)
 

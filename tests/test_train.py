@@ -316,7 +316,15 @@ def without_times(run_dir: Path) -> list[Metrics]:
 
 def test_a_run_leaves_its_files_and_no_others(home: Path, finished: Finished) -> None:
     names = {path.name for path in finished.run_dir.iterdir()}
-    assert names == {"config.json", "curves.png", "final", "metrics.jsonl", "tensorboard"}
+    assert names == {
+        "config.json",
+        "curves.png",
+        "final",
+        "final-critic",
+        "generations",
+        "metrics.jsonl",
+        "tensorboard",
+    }
     config = runpy.run_path(str(home / "recipe.py"))["RECIPE"]
     assert (finished.run_dir / "config.json").read_text() == to_json(config)
     with Image.open(finished.run_dir / "curves.png") as picture:
