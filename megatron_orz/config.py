@@ -18,6 +18,7 @@ from megatron_orz.types import LossMean
 DType: TypeAlias = Literal["float32", "bfloat16"]
 FleetKind: TypeAlias = Literal["vllm", "local"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
+Tracker: TypeAlias = Literal["wandb", "trackio"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
 
@@ -290,6 +291,20 @@ class GenerationsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Experiment trackers that get the metrics beside metrics.jsonl and TensorBoard, which every run writes."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Each is a package that has to be installed, such as by `pip install megatron_orz[wandb]`."""
+    project: str = "megatron_orz"
+    """Where the trackers file the run, under the name of its directory."""
+
+    def __post_init__(self) -> None:
+        _require(len(set(self.trackers)) == len(self.trackers), f"tracking.trackers {self.trackers} names one twice")
+        _require(self.project != "", "tracking.project is empty; name a project")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, complete."""
 
@@ -305,6 +320,7 @@ class Config:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     generations: GenerationsConfig = field(default_factory=GenerationsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config, and stop."""

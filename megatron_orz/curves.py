@@ -61,7 +61,7 @@ PANELS = {
     ),
     "W": Panel(title="Reflecting responses", unit="share of responses", metric="response/reflection_share"),
     "C": Panel(
-        title="Length of right and reflecting ones (dashed: right)",
+        title="Right and reflecting: length (dashed: right)",
         unit="tokens",
         metric="response/correct_reflection_length_mean",
         dashed="response/correct_length_mean",
@@ -69,20 +69,20 @@ PANELS = {
     "S": Panel(title="Repetition", unit="share of substrings", metric="response/repetition_mean"),
     "E": Panel(title="Policy entropy", unit="nats per token", metric="policy/entropy"),
     "K": Panel(
-        title="Clipped in the policy's loss (dashed: critic's)",
+        title="Clipped: policy (dashed: critic)",
         unit="share of tokens",
         metric="policy/clip_share",
         dashed="critic/clip_share",
     ),
     "V": Panel(title="Value loss", unit="half squared error", metric="critic/loss"),
     "X": Panel(
-        title="Variance of returns the critic explains",
+        title="Explained variance of the critic",
         unit="1 - Var(R - V) / Var(R)",
         metric="critic/explained_variance",
         lowest=-1.0,
     ),
     "D": Panel(
-        title="Advantages before whitening (dashed: deviation)",
+        title="Unwhitened advantages (dashed: std)",
         unit="mean over tokens",
         metric="advantage/mean",
         dashed="advantage/std",

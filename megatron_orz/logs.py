@@ -26,6 +26,7 @@ from rich.text import Text
 
 from megatron_orz.config import Config, to_json
 from megatron_orz.log_files import EventFile, LineFile
+from megatron_orz.trackers import Trackers
 from megatron_orz.types import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -67,6 +68,7 @@ class RunLog:
         self._is_main = is_main
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._distributions: dict[str, Sequence[float]] = {}
+        self._trackers: Trackers | None = None
         if is_main:
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -85,6 +87,14 @@ class RunLog:
                 unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def start_trackers(self, config: Config) -> None:
+        """Hands every later record to the trackers that the config names, too.
+
+        Raises RuntimeError when one does not start.
+        """
+        if self._is_main:
+            self._trackers = Trackers(config)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -124,6 +134,8 @@ class RunLog:
         with writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
             self._tensorboard.append(step, row, distributions)
+        if self._trackers is not None:
+            self._trackers.record(step, row)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
 
@@ -132,7 +144,9 @@ class RunLog:
         self.console.print(comparison_table(before, after))
 
     def close(self) -> None:
-        """Closes the files; what was recorded is already on disk."""
+        """Closes the files, which already hold what was recorded, and waits for the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()
         if self._is_main:
             with writing(self.run_dir):
                 self._metrics.close()

@@ -26,6 +26,7 @@ from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
 from megatron_orz.rollout.fleet import open_fleet
+from megatron_orz.trackers import check_trackers
 from megatron_orz.types import Prompt
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def train(config: Config) -> None:
     config.parallel.check_world_size(world_size())
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)
+    check_trackers(config.tracking.trackers)
     if config.dry_run:
         if rank() == 0:
             print(to_json(config), end="")
@@ -75,6 +77,7 @@ def train(config: Config) -> None:
                 print(f"the run that was in {config.run_dir} is now in {old_run}", flush=True)
             log = stack.enter_context(RunLog(config.run_dir, num_steps=config.ppo.num_steps, is_main=is_main))
             log.write_config(config)
+            log.start_trackers(config)
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(
                 open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir)

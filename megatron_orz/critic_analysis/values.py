@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz.generations import Generation
 from megatron_orz.metrics.repetition import repeated_tokens
@@ -49,6 +50,7 @@ def load_critic(path: Path, *, device: str) -> tuple[PreTrainedModel, PreTrained
             f"{path} is no critic: its config.json names {architectures[0]} with {len(config.get('id2label', {}))} "
             "labels, not a token classifier with one; give a critic's checkpoint, such as final-critic/"
         )
+    disable_progress_bar()
     critic = AutoModelForTokenClassification.from_pretrained(path, local_files_only=True).to(device).eval()
     return critic, AutoTokenizer.from_pretrained(path, local_files_only=True)
 
