@@ -21,6 +21,7 @@ FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
 TransportKind: TypeAlias = Literal["auto", "ipc", "nccl", "gloo", "disk"]
 Verification: TypeAlias = Literal["sampled", "full", "off"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
+Tracker: TypeAlias = Literal["wandb", "trackio"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
 
@@ -386,6 +387,37 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationsConfig:
+    """The rollouts of a step as a parquet file, for people and for analysis."""
+
+    interval: int = 1
+    """Save those of every `interval`-th step; 0 saves none."""
+    max_mib: float = 64.0
+    """Largest file. What a step has beyond it is left out, from the last prompt on, and counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, f"generations.interval {self.interval} is negative; 0 saves none")
+        _require(
+            self.interval == 0 or self.max_mib > 0,
+            f"generations.max_mib {self.max_mib} holds no rollout; set generations.interval to 0 to save none",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Experiment trackers that get the metrics beside metrics.jsonl and TensorBoard, which every run writes."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Each is a package that has to be installed, such as by `pip install megatron_orz[wandb]`."""
+    project: str = "megatron_orz"
+    """Where the trackers file the run, under the name of its directory."""
+
+    def __post_init__(self) -> None:
+        _require(len(set(self.trackers)) == len(self.trackers), f"tracking.trackers {self.trackers} names one twice")
+        _require(self.project != "", "tracking.project is empty; name a project")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, complete."""
 
@@ -401,6 +433,8 @@ class Config:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    generations: GenerationsConfig = field(default_factory=GenerationsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
     deterministic: bool = False
     """The same config and seed give the same bits on the same machine, at some cost in speed; `local` fleet only."""

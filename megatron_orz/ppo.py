@@ -19,7 +19,6 @@ from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog
 from megatron_orz.metrics.experience import experience_metrics
-from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.types import (
     Critic,
     DataParallel,
@@ -28,6 +27,7 @@ from megatron_orz.types import (
     Grader,
     Metrics,
     Policy,
+    Rollout,
     Trainable,
 )
 
@@ -43,6 +43,7 @@ def run(
     grader: Grader,
     prompts: PromptStream,
     evaluate: Callable[[], Metrics],
+    record_rollouts: Callable[[int, Sequence[Rollout]], Metrics],
     ranks: DataParallel,
     log: RunLog,
     num_done: int = 0,
@@ -53,6 +54,7 @@ def run(
     evaluate: the held-out scores of the policy the fleet holds.
     num_done: steps that policy, critic and prompts have behind them.
     on_step_end: called with the number of steps done; nothing of a step is left over then.
+    evaluate: the held-out scores of the policy the fleet holds. record_rollouts: the metrics of a step's rollouts.
     """
     ppo, interval = config.ppo, config.evaluation.interval
     surrogate = partial(policy_loss, clip_eps=ppo.clip_eps)
@@ -77,6 +79,7 @@ def run(
             rollouts = fleet.generate(chosen, num_responses=ppo.num_responses, seed=seed, on_rollout=advance)
         with log.span("reward"), log.progress("reward", total=num_rollouts) as advance:
             rollouts = grader.grade(rollouts, on_grade=advance)
+        metrics = record_rollouts(step, rollouts)
 
         # log pi_old and V_old, then advantages A_t and returns R_t by GAE(gamma, lambda).
         with log.span("infer"):
@@ -93,7 +96,7 @@ def run(
             experience, moments = estimate(
                 batches, old_log_probs, old_values, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
             )
-            metrics = rollout_metrics(rollouts) | experience_metrics(experience, ranks)
+            metrics |= experience_metrics(experience, moments, ranks)
             if ppo.whiten_advantages:
                 experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
 

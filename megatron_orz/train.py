@@ -25,10 +25,12 @@ from megatron_orz.engine.architecture import read_architecture
 from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
+from megatron_orz.metrics.recorder import RolloutRecorder
 from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
+from megatron_orz.trackers import check_trackers
 from megatron_orz.types import Prompt, Stateful
 from megatron_orz.watchdog import Watchdog
 
@@ -61,6 +63,7 @@ def train(config: Config) -> None:
     config.parallel.check_world_size(world_size())
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)
+    check_trackers(config.tracking.trackers)
     if config.dry_run:
         if rank() == 0:
             print(to_json(config), end="")
@@ -98,6 +101,7 @@ def train(config: Config) -> None:
                 )
             )
             log.write_config(config)
+            log.start_trackers(config)
         preemption = stack.enter_context(Preemption(ranks, grace_s=config.checkpoint.grace_s, say=say))
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(
@@ -126,6 +130,7 @@ def train(config: Config) -> None:
             ranks=ranks,
             preemption=preemption,
         )
+        recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
         ppo.run(
             config,
@@ -135,14 +140,16 @@ def train(config: Config) -> None:
             grader=grader,
             prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
+            record_rollouts=recorder.record,
             ranks=mesh,
             log=log,
             num_done=done.step,
             on_step_end=step_end,
         )
         with ranks.share_fate("writing the final checkpoint"):
-            final = config.run_dir / "final"
+            final, final_critic = config.run_dir / "final", config.run_dir / "final-critic"
             export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
+            export_hf(critic.hf_weights(), source=config.critic.path, target=final_critic, is_writer=is_main)
         if is_main:
             summarise(config, log)
             run_directory.mark_finished()

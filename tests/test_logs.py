@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +22,6 @@ from megatron_orz.config import (
     PPOConfig,
     SamplingConfig,
 )
-from megatron_orz.curves import draw_curves
 from megatron_orz.logs import LogPosition, RunDirectoryError, RunLog, console_line, read_metrics, set_aside
 
 
@@ -58,6 +56,25 @@ def test_what_is_recorded_is_on_disk_before_the_log_is_closed(tmp_path: Path) ->
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
     log.close()
+
+
+def test_a_distribution_is_a_histogram_of_the_next_record_alone(tmp_path: Path) -> None:
+    with quiet_log(tmp_path) as log:
+        log.distribution("response/correct_length", [1, 1, 2, 10])
+        log.distribution("response/wrong_length", [])
+        log.record(1, {"reward/mean": 0.25})
+        log.record(2, {"reward/mean": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["histograms"] == ["response/correct_length"]
+    (event,) = events.Histograms("response/correct_length")
+    histogram = event.histogram_value
+    assert (event.step, histogram.min, histogram.max, histogram.num) == (1, 1, 10, 4)
+    assert (histogram.sum, histogram.sum_squares) == (14, 106)
+    # Bins of (10 - 1) / 30: 1 and 1 in the first, 2 in the fourth, 10 in the last, which holds its upper edge.
+    assert {i: count for i, count in enumerate(histogram.bucket) if count} == {0: 2, 3: 1, 29: 1}
+    assert histogram.bucket_limit[0] == pytest.approx(1.3)
+    assert histogram.bucket_limit[-1] == pytest.approx(10)
+    assert all(row.keys() == {"step", "reward/mean"} for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
@@ -263,34 +280,3 @@ def test_the_config_is_written_whole_beside_the_run(tmp_path: Path) -> None:
     assert written["ppo"]["num_steps"] == 3
     assert written["policy"]["path"] == "base"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "tensorboard"]
-
-
-def test_curves_draw_each_run_in_its_colour(tmp_path: Path) -> None:
-    """The first run is blue, the second red; a run without metrics leaves the frames empty."""
-    paths = [tmp_path / name / "metrics.jsonl" for name in ("empty", "first", "second")]
-    for num_steps, path in zip((0, 12, 40), paths, strict=True):
-        with quiet_log(path.parent) as log:
-            for step in range(num_steps):
-                log.record(
-                    step,
-                    {
-                        "reward/mean": step / num_steps,
-                        "policy/entropy": math.nan if step == 0 else 2 - step / num_steps,
-                        "log_prob_mismatch/max": 1e-5,
-                        "evaluation/digits/avg@4": 0.5,
-                    },
-                )
-
-    def num_blue_and_red_pixels(metrics_paths: Path | list[Path]) -> tuple[int, int]:
-        draw_curves(metrics_paths, tmp_path / "curves.png")
-        hue, saturation, _ = Image.open(tmp_path / "curves.png").convert("HSV").split()
-        hues = hue.histogram(saturation.point(lambda s: 255 * (s > 64), mode="1"))
-        return sum(hues[140:170]), sum(hues[:20])
-
-    assert num_blue_and_red_pixels(paths[0]) == (0, 0)
-    blue, red = num_blue_and_red_pixels(paths[1])
-    assert blue > 1000
-    assert red == 0
-    blue, red = num_blue_and_red_pixels(paths[1:])
-    assert blue > 1000
-    assert red > 1000

@@ -29,6 +29,8 @@ from megatron_orz.config import (
 )
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog, read_metrics
+from megatron_orz.metrics.rollouts import rollout_metrics
+from megatron_orz.metrics.traits import Traits
 from megatron_orz.types import (
     Experience,
     Grade,
@@ -229,6 +231,10 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet, *, interrupt_at:
         run.events.append(("evaluate", server.version))
         return {"evaluation/test/score": 10.0 + server.version}
 
+    def record_rollouts(step: int, rollouts: Sequence[Rollout]) -> Metrics:
+        run.events.append(("record", (step, rollouts)))
+        return rollout_metrics(rollouts, [Traits(reflection=(), repetition=0.0)] * len(rollouts))
+
     with RunLog(config.run_dir, num_steps=config.ppo.num_steps, console=Console(file=io.StringIO())) as log:
         go = partial(
             ppo.run,
@@ -239,6 +245,7 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet, *, interrupt_at:
             grader=GoalGrader(),
             prompts=PromptStream(PROMPTS, seed=config.seed),
             evaluate=evaluate,
+            record_rollouts=record_rollouts,
             ranks=OneRank(),
             log=log,
         )

@@ -325,7 +325,7 @@ def without_times(run_dir: Path) -> list[Metrics]:
 def test_a_run_leaves_its_files_and_no_others(home: Path, finished: Finished) -> None:
     names = {path.name for path in finished.run_dir.iterdir()}
     files = {"config.json", "curves.png", "final", "metrics.jsonl", "tensorboard"}
-    assert names == files | {"checkpoints", "finished", ".lock"}
+    assert names == files | {"checkpoints", "final-critic", "finished", "generations", ".lock"}
     assert {path.name for path in (finished.run_dir / "checkpoints").iterdir()} == {"step-00000002", "latest"}
     config = runpy.run_path(str(home / "recipe.py"))["RECIPE"]
     assert (finished.run_dir / "config.json").read_text() == to_json(replace(config, fresh=True))
