@@ -158,6 +158,10 @@ class PPOConfig:
     """Clip range of the probability ratio."""
     value_clip_eps: float = 0.2
     """Clip range of the value around its old one; 0 turns value clipping off."""
+    oversampling: float = 0.0
+    """Share of prompts asked in addition; a step goes on without those answered last. It favours short responses."""
+    max_resampling_rounds: int = 0
+    """Rounds in which groups of siblings with equal rewards are replaced by those of other prompts; 0 keeps them."""
     loss_mean: LossMean = "token"
     """What the losses are averaged over; the original's released code uses `pack`."""
 
@@ -166,6 +170,13 @@ class PPOConfig:
             _require(getattr(self, name) >= 1, f"ppo.{name} {getattr(self, name)} is not at least 1")
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, f"ppo.{name} {getattr(self, name)} is outside [0, 1]")
+        _require(self.oversampling >= 0, f"ppo.oversampling {self.oversampling} is negative; 0 turns it off")
+        rounds = self.max_resampling_rounds
+        _require(rounds >= 0, f"ppo.max_resampling_rounds {rounds} is negative; 0 turns resampling off")
+        _require(
+            rounds == 0 or self.num_responses > 1,
+            f"ppo.max_resampling_rounds {rounds} compares siblings: it needs ppo.num_responses > 1",
+        )
         _require(self.clip_eps > 0, f"ppo.clip_eps {self.clip_eps} is not positive")
         _require(self.value_clip_eps >= 0, f"ppo.value_clip_eps {self.value_clip_eps} is negative; 0 turns it off")
 
@@ -350,6 +361,11 @@ class Config:
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
+        )
+        _require(
+            self.fleet.kind != "local" or self.ppo.oversampling == 0,
+            f"ppo.oversampling {self.ppo.oversampling} needs servers, which answer prompts apart; "
+            "set it to 0, or use --fleet.kind vllm",
         )
         _require(
             self.fleet.kind != "sglang" or (self.sampling.top_p == 1.0 and self.sampling.top_k == -1),

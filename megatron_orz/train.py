@@ -22,10 +22,11 @@ from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
 from megatron_orz.ranks import Ranks
+from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
-from megatron_orz.types import Prompt
+from megatron_orz.types import Fleet, Grader, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,13 +88,15 @@ def train(config: Config) -> None:
         verifier = stack.enter_context(Verifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = MathGrader(verifier, tokenizer, ranks)
         num_responses = config.evaluation.num_responses
+        stream = PromptStream(prompts, seed=config.seed)
+        step_fleet, step_grader = with_resampling(config, fleet, grader, stream, log)
         ppo.run(
             config,
             policy=policy,
             critic=critic,
-            fleet=fleet,
-            grader=grader,
-            prompts=PromptStream(prompts, seed=config.seed),
+            fleet=step_fleet,
+            grader=step_grader,
+            prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
             ranks=mesh,
             log=log,
@@ -103,6 +106,27 @@ def train(config: Config) -> None:
             export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
+
+
+def with_resampling(
+    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
+) -> tuple[Fleet, Grader]:
+    """The fleet and the grader of the training steps, with the options of `resampling`."""
+    step_fleet, step_grader = fleet, grader
+    if config.ppo.oversampling and isinstance(fleet, ServerFleet):
+        step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
+        log.include(oversampling.metrics)
+    if config.ppo.max_resampling_rounds:
+        step_grader = dynamic = DynamicSampling(
+            grader,
+            step_fleet,
+            prompts,
+            num_responses=config.ppo.num_responses,
+            max_rounds=config.ppo.max_resampling_rounds,
+            seed=config.seed,
+        )
+        log.include(dynamic.metrics)
+    return step_fleet, step_grader
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curves": {"logs.read_metrics"},
     "engine": {"types", "config", "ops", "algorithms.losses"},
     "rollout": {"types", "config", "ranks"},
+    "resampling": {"types", "data"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
     "checkpoint": {"types", "config", "ranks"},

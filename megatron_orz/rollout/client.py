@@ -85,6 +85,10 @@ class ServerClient(ABC):
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""
 
+    @abstractmethod
+    async def drop_requests(self, http: httpx.AsyncClient) -> None:
+        """Ends all requests the server works on."""
+
     async def respond(self, http: httpx.AsyncClient, request: GenerationRequest) -> list[Rollout]:
         """The rollouts of a request, all of them.
 
@@ -106,9 +110,13 @@ class ServerClient(ABC):
         except ValueError as error:
             raise ServerError(f"{self.url}/metrics answered with something else: {metrics[:200]!r}") from error
 
-    async def fetch(self, http: httpx.AsyncClient, path: str, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
+    async def fetch(self, http: httpx.AsyncClient, path: str) -> Any:
         """The JSON answer to a GET."""
-        return _json(await self._ask(http, "GET", path, timeout_s=timeout_s))
+        return _json(await self._ask(http, "GET", path, timeout_s=_CONTROL_TIMEOUT_S))
+
+    async def tell(self, http: httpx.AsyncClient, path: str, body: Mapping[str, Any]) -> None:
+        """A POST whose answer says nothing."""
+        await self._ask(http, "POST", path, timeout_s=_CONTROL_TIMEOUT_S, json=body)
 
     def get(self, path: str, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """The JSON answer to a GET."""

@@ -196,6 +196,13 @@ class Replica:
             return False
         return True
 
+    async def drop_requests(self) -> None:
+        """Ends all requests the server still works on."""
+        try:
+            await self.client.drop_requests(self._http)
+        except ServerError:
+            self._suspicion.set()
+
     def fail(self, reason: str, *, is_final: bool = False) -> None:
         """Gives the server up: it is stopped, and started anew unless the failure is final."""
         if is_final:

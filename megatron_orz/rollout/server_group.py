@@ -105,9 +105,14 @@ class ServerGroup:
         num_responses: int,
         seed: int,
         version: int,
-        on_rollout: Callable[[], None] | None,
-    ) -> list[Rollout]:
-        """The rollouts of the weights of `version`, siblings adjacent, in the order of the prompts."""
+        num_groups: int | None = None,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> tuple[list[int], list[Rollout]]:
+        """The rollouts of the weights of `version`, siblings adjacent, in the order of the prompts.
+
+        num_groups: of the prompts, those answered first; None: all of them.
+        Returns which prompts were answered, and their rollouts.
+        """
         requests = [
             GenerationRequest(
                 request_id=f"v{version}-s{seed}-p{index}",
@@ -119,8 +124,10 @@ class ServerGroup:
             )
             for index, prompt in enumerate(prompts)
         ]
-        answers = self._portal.call(self._answer, requests, version, on_rollout) if requests else []
-        return [rollout for siblings in answers for rollout in siblings]
+        if not requests:
+            return [], []
+        answers = self._portal.call(self._answer, requests, version, num_groups, on_rollout)
+        return list(answers), [rollout for siblings in answers.values() for rollout in siblings]
 
     def metrics(self) -> Metrics:
         """What happened to the servers since the run began."""
@@ -135,11 +142,18 @@ class ServerGroup:
         self._drop_sender()
 
     async def _answer(
-        self, requests: Sequence[GenerationRequest], version: int, on_rollout: Callable[[], None] | None
-    ) -> list[list[Rollout]]:
+        self,
+        requests: Sequence[GenerationRequest],
+        version: int,
+        num_groups: int | None,
+        on_rollout: Callable[[], None] | None,
+    ) -> dict[int, list[Rollout]]:
         await self._check_version(version)
-        answers = await self._router.answer(requests, on_rollout=on_rollout)
+        answers = await self._router.answer(requests, num_needed=num_groups, on_rollout=on_rollout)
         await self._check_version(version)
+        if len(answers) < len(requests):
+            # A server notices at some time that nobody waits for an answer; nothing may be left at the next update.
+            await asyncio.gather(*(replica.drop_requests() for replica in self._replicas if replica.is_up))
         return answers
 
     async def _check_version(self, version: int) -> None:

@@ -71,6 +71,10 @@ class SGLangClient(ServerClient):
         """Tells the server the version of the weights it holds."""
         self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
 
+    async def drop_requests(self, http: httpx.AsyncClient) -> None:
+        """Ends all requests the server works on."""
+        await self.tell(http, "/abort_request", {"abort_all": True})
+
     def load(self, directory: str, version: int, *, timeout_s: float) -> None:
         """Replaces the weights by those in a checkpoint directory, and empties the prefix cache."""
         body = {"model_path": directory, "weight_version": str(version), "flush_cache": True}

@@ -66,3 +66,7 @@ class VLLMClient(ServerClient):
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""
         self.post("/update_weight_version", {"new_version": str(version)})
+
+    async def drop_requests(self, http: httpx.AsyncClient) -> None:
+        """Ends all requests the server works on."""
+        await self.tell(http, "/abort_requests", {})

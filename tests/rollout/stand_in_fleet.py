@@ -72,7 +72,8 @@ class StandIns:
 
     def generate(self, prompts: Sequence[Prompt], *, version: int, seed: int = 0) -> list[Rollout]:
         """Three responses to each prompt."""
-        return self.group.generate(prompts, num_responses=3, seed=seed, version=version, on_rollout=None)
+        _, rollouts = self.group.generate(prompts, num_responses=3, seed=seed, version=version)
+        return rollouts
 
     def update(self, version: int) -> None:
         """As a run does it, with weights that can be gathered again."""
