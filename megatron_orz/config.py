@@ -248,6 +248,9 @@ class FleetConfig:
     """Tensor-parallel size of each server: its GPUs, or processes on the CPU."""
     gpus: tuple[int, ...] = ()
     """GPUs of the servers that are started, server_tp for each; by default the first of those the trainer sees."""
+    colocated: bool = False
+    """Servers and trainer use the same GPUs in turns: servers sleep during training, the trainer is offloaded during
+    generation."""
     min_servers: int = 1
     """With fewer servers than this able to answer, the run stops."""
     port: int = 0
@@ -294,6 +297,14 @@ class FleetConfig:
                 url.startswith(("http://", "https://")),
                 f"fleet.urls holds {url!r}, which is no http:// or https:// address",
             )
+        _require(
+            not (self.colocated and self.urls),
+            "fleet.colocated needs servers that the run starts on its own GPUs; leave fleet.urls empty",
+        )
+        _require(
+            not (self.colocated and self.kind == "local"),
+            "fleet.colocated is about servers, and fleet.kind is local; set it to false",
+        )
         _require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice")
         num_servers = len(self.urls) or self.num_servers
         _require(

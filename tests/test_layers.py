@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"types", "config", "ops", "algorithms.losses"},
     "rollout": {"types", "config", "ranks"},
     "resampling": {"types", "data"},
+    "colocation": {"types"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
     "checkpoint": {"types", "config", "ranks"},

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
+from megatron_orz.rollout.client import Memory
 from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
@@ -122,6 +123,18 @@ class ServerFleet:
                 answers = answered, RolloutArrays.pack(rollouts)
         answered, arrays = self._ranks.broadcast(answers)
         return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses, version=self._version)
+
+    def sleep(self) -> None:
+        """Gives up the GPU memory of all servers, and with it the weights: an update comes next."""
+        with self._ranks.share_fate("putting the servers to sleep"):
+            if self._servers is not None:
+                self._servers.sleep()
+
+    def wake(self, what: Memory) -> None:
+        """Takes GPU memory again: first that of the weights, and after an update that of the cache."""
+        with self._ranks.share_fate("waking the servers"):
+            if self._servers is not None:
+                self._servers.wake(what)
 
     def metrics(self) -> Metrics:
         """What happened to the servers since the run began; empty on all ranks but the first."""

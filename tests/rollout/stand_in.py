@@ -53,7 +53,7 @@ class StandIn(ThreadingHTTPServer):
         self.version = "default"
         self.faults = Faults()
         self.num_tokens = 0
-        self.num_aborts = 0
+        self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.lock = Lock()
 
@@ -73,8 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, json.dumps({"weight_version": self.server.version}))
             case "/requests":
                 self._send(200, json.dumps(self.server.requests))
-            case "/num_aborts":
-                self._send(200, json.dumps(self.server.num_aborts))
+            case "/calls":
+                self._send(200, json.dumps(self.server.calls))
             case "/health":
                 self._send(200, "")
 
@@ -87,11 +87,11 @@ class _Handler(BaseHTTPRequestHandler):
             case "/update_weight_version":
                 self.server.version = body["new_version"]
                 self._send(200, "{}")
-            case "/abort_requests":
-                self.server.num_aborts += 1
-                self._send(200, "{}")
             case "/v1/completions":
                 self._complete(body)
+            case _:
+                self.server.calls.append(self.path)
+                self._send(200, "{}")
 
     def _complete(self, request: dict[str, Any]) -> None:
         with self.server.lock:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
 
-import httpx
 import pytest
 
 from megatron_orz.rollout import replica
@@ -211,8 +210,34 @@ def test_stragglers_are_dropped_once_enough_prompts_are_answered(tmp_path: Path)
         everything = expected(prompts, version=-1)
         assert contents(rollouts) == [everything[3 * index + sibling] for index in answered for sibling in range(3)]
         for index in range(2):
-            assert httpx.get(f"{servers.processes[index].url}/num_aborts", trust_env=False).json() == 1
+            assert servers.calls(index) == ["/abort_requests"]
             assert servers.group._replicas[index].num_rollouts == 0
+
+
+def test_servers_sleep_and_wake_in_stages_and_the_dead_stay_dead_meanwhile(tmp_path: Path) -> None:
+    prompts = make_prompts(6)
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.update(1)
+        servers.group.sleep()
+        servers.kill(0)
+        wait_for(lambda: states(servers.group) == ["down", "up"])
+        servers.group.wake("weights")
+        servers.update(2)
+        servers.group.wake("kv_cache")
+        assert contents(servers.generate(prompts, version=2)) == expected(prompts, version=2)
+        assert servers.calls(1) == ["/sleep?level=2", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]
+        wait_for(all_up(servers.group))  # there is memory for its start again
+        servers.group.sleep()
+        assert servers.calls(0) == ["/sleep?level=2"]
+
+
+def test_without_memory_for_a_restart_too_few_servers_are_an_error_not_a_wait(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 1) as servers:
+        servers.group.sleep()
+        servers.kill(0)
+        wait_for(lambda: states(servers.group) == ["down"])
+        with pytest.raises(ServerError, match=r"0 of 1 servers can answer, .*exit code 137"):
+            servers.update(1)
 
 
 def test_a_request_that_a_server_refuses_is_not_asked_of_another(tmp_path: Path) -> None:
