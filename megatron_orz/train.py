@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -17,21 +18,24 @@ from megatron_orz.checkpoint.manifest import Progress
 from megatron_orz.checkpoint.preemption import Preemption
 from megatron_orz.checkpoint.run_directory import open_run_directory
 from megatron_orz.checkpoint.step_end import StepEnd
+from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
 from megatron_orz.command_line import parse, plain_errors, rank, world_size
 from megatron_orz.config import Config, ModelConfig, to_json
 from megatron_orz.curves import draw_curves
 from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts
 from megatron_orz.engine.architecture import read_architecture
+from megatron_orz.engine.budget import check_colocated
 from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
 from megatron_orz.metrics.recorder import RolloutRecorder
 from megatron_orz.ranks import Ranks
+from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.trackers import check_trackers
-from megatron_orz.types import Prompt, Stateful
+from megatron_orz.types import Critic, Fleet, Grader, Policy, Prompt, Stateful
 from megatron_orz.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -109,6 +113,8 @@ def train(config: Config) -> None:
             )
             if isinstance(fleet, ServerFleet):
                 log.include(fleet.metrics)
+                if config.fleet.colocated:
+                    fleet.sleep()
             loss_mean, temperature = config.ppo.loss_mean, config.sampling.temperature
             policy = PolicyEngine(config.policy, mesh, loss_mean=loss_mean, temperature=temperature)
             critic = CriticEngine(config.critic, mesh, loss_mean=loss_mean, seed=config.seed)
@@ -132,12 +138,20 @@ def train(config: Config) -> None:
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
+        step_fleet, step_grader = with_resampling(config, fleet, grader, stream, log)
+        step_policy: Policy = policy
+        step_critic: Critic = critic
+        if config.fleet.colocated and isinstance(fleet, ServerFleet):
+            turns = Turns(fleet, [policy, critic])
+            log.include(turns.metrics)
+            step_fleet = ColocatedFleet(step_fleet, turns)
+            step_policy, step_critic = ColocatedPolicy(policy, turns), ColocatedModel(critic, turns)
         ppo.run(
             config,
-            policy=policy,
-            critic=critic,
-            fleet=fleet,
-            grader=grader,
+            policy=step_policy,
+            critic=step_critic,
+            fleet=step_fleet,
+            grader=step_grader,
             prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
             record_rollouts=recorder.record,
@@ -148,16 +162,45 @@ def train(config: Config) -> None:
         )
         with ranks.share_fate("writing the final checkpoint"):
             final, final_critic = config.run_dir / "final", config.run_dir / "final-critic"
-            export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
+            export_hf(step_policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
             export_hf(critic.hf_weights(), source=config.critic.path, target=final_critic, is_writer=is_main)
         if is_main:
             summarise(config, log)
             run_directory.mark_finished()
 
 
+def with_resampling(
+    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
+) -> tuple[Fleet, Grader]:
+    """The fleet and the grader of the training steps, with the options of `resampling`."""
+    step_fleet, step_grader = fleet, grader
+    if config.ppo.oversampling and isinstance(fleet, ServerFleet):
+        step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
+        log.include(oversampling.metrics)
+    if config.ppo.max_resampling_rounds:
+        step_grader = dynamic = DynamicSampling(
+            grader,
+            step_fleet,
+            prompts,
+            num_responses=config.ppo.num_responses,
+            max_rounds=config.ppo.max_resampling_rounds,
+            seed=config.seed,
+        )
+        log.include(dynamic.metrics)
+    return step_fleet, step_grader
+
+
 def check_models(config: Config) -> PreTrainedTokenizerBase:
     """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
     of_policy, of_critic = (_check_model(config, model) for model in (config.policy, config.critic))
+    if config.fleet.colocated and torch.cuda.is_available():
+        check_colocated(
+            config,
+            read_architecture(config.policy.path),
+            read_architecture(config.critic.path),
+            world_size=world_size(),
+            gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
+        )
     if of_policy.get_vocab() != of_critic.get_vocab():
         raise ValueError(
             f"{config.critic.path} has another vocabulary than {config.policy.path}, whose tokens the critic reads; "

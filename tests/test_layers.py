@@ -36,6 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"types", "config", "ops", "algorithms.losses", "json_file"},
     "rollout": {"types", "config", "ranks"},
     "evaluation": {"types", "config", "data", "rewards"},
+    "resampling": {"types", "data"},
+    "colocation": {"types"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
+from megatron_orz.rollout.client import Memory
 from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
@@ -94,15 +95,46 @@ class ServerFleet:
         on_rollout: Callable[[], None] | None = None,
     ) -> list[Rollout]:
         """`num_responses` rollouts for each prompt, siblings adjacent, in the order of the prompts."""
-        arrays = None
+        return self.generate_first(
+            prompts, num_groups=len(prompts), num_responses=num_responses, seed=seed, on_rollout=on_rollout
+        )
+
+    def generate_first(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_groups: int,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> list[Rollout]:
+        """The rollouts of the `num_groups` prompts that are answered first, siblings adjacent, in their order."""
+        answers = None
         with self._ranks.share_fate("generation"):
             if self._servers is not None:
-                arrays = RolloutArrays.pack(
-                    self._servers.generate(
-                        prompts, num_responses=num_responses, seed=seed, version=self._version, on_rollout=on_rollout
-                    )
+                answered, rollouts = self._servers.generate(
+                    prompts,
+                    num_responses=num_responses,
+                    seed=seed,
+                    version=self._version,
+                    num_groups=num_groups,
+                    on_rollout=on_rollout,
                 )
-        return self._ranks.broadcast(arrays).unpack(prompts, num_responses=num_responses, version=self._version)
+                answers = answered, RolloutArrays.pack(rollouts)
+        answered, arrays = self._ranks.broadcast(answers)
+        return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses, version=self._version)
+
+    def sleep(self) -> None:
+        """Gives up the GPU memory of all servers, and with it the weights: an update comes next."""
+        with self._ranks.share_fate("putting the servers to sleep"):
+            if self._servers is not None:
+                self._servers.sleep()
+
+    def wake(self, what: Memory) -> None:
+        """Takes GPU memory again: first that of the weights, and after an update that of the cache."""
+        with self._ranks.share_fate("waking the servers"):
+            if self._servers is not None:
+                self._servers.wake(what)
 
     def metrics(self) -> Metrics:
         """What happened to the servers since the run began; empty on all ranks but the first."""

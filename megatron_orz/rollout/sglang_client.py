@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from megatron_orz.rollout.client import Answer, GenerationRequest, ServerClient
+from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient
 from megatron_orz.rollout.servers import ServerError
 
 
@@ -70,6 +70,18 @@ class SGLangClient(ServerClient):
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""
         self.post("/update_weight_version", {"new_version": str(version), "abort_all_requests": False})
+
+    async def drop_requests(self, http: httpx.AsyncClient) -> None:
+        """Ends all requests the server works on."""
+        await self.tell(http, "/abort_request", {"abort_all": True})
+
+    async def sleep(self, http: httpx.AsyncClient) -> None:
+        """Gives up the GPU memory of weights and cache."""
+        await self.tell(http, "/release_memory_occupation", {"tags": ["kv_cache", "weights"]})
+
+    async def wake(self, http: httpx.AsyncClient, what: Memory) -> None:
+        """Takes the GPU memory of one of them again."""
+        await self.tell(http, "/resume_memory_occupation", {"tags": [what]})
 
     def load(self, directory: str, version: int, *, timeout_s: float) -> None:
         """Replaces the weights by those in a checkpoint directory, and empties the prefix cache."""

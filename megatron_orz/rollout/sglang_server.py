@@ -39,4 +39,5 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int) -> list[str]:
         *("--mem-fraction-static", str(fleet.gpu_memory_share)),
         *("--weight-version", str(INITIAL_VERSION)),
         "--enable-metrics",  # by which the watch sees that tokens are computed
+        *(["--enable-memory-saver"] if fleet.colocated else []),
     ]

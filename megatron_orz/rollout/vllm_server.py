@@ -59,7 +59,8 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int, on_cuda: bool
         *("--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
     ]
     if on_cuda:
-        return [*command, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
+        asleep = ["--enable-sleep-mode"] if fleet.colocated else []
+        return [*command, *asleep, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
     return [
         *command,
         "--enforce-eager",

@@ -158,9 +158,7 @@ def test_a_fleet_runs_on_sglangs_own_routes(url: str, tmp_path: Path) -> None:
             group.update_weights(iter([("a", torch.full((4,), float(version))), ("b", torch.ones(3))]), version)
             assert httpx.get(f"{url}/loaded", trust_env=False).json() == [f"a={4 * version}", "b=3"]
             for num_responses in (1, 3):
-                rollouts = group.generate(
-                    prompts, num_responses=num_responses, seed=0, version=version, on_rollout=None
-                )
+                _, rollouts = group.generate(prompts, num_responses=num_responses, seed=0, version=version)
                 assert contents(rollouts) == [
                     (prompt.prompt_id, stand_in.response(prompt.token_ids, 0, sibling, version), version)
                     for prompt in prompts

@@ -192,6 +192,39 @@ def test_updates_of_an_untied_model_reach_every_weight(untied: Running) -> None:
 
 
 @pytest.mark.slow
+def test_a_server_sleeps_and_wakes_in_stages_around_updates(untied: Running) -> None:
+    """On the CPU no memory is given back; the server's state and the order of calls are those of a GPU."""
+    assert isinstance(untied.fleet, ServerFleet)
+
+    def is_sleeping() -> bool:
+        return bool(httpx.get(f"{untied.url}/is_sleeping", trust_env=False).json()["is_sleeping"])
+
+    for version in range(40, 43):
+        model = tiny_model(tied=False, seed=version)
+        untied.fleet.sleep()
+        assert is_sleeping()
+        untied.fleet.wake("weights")
+        assert is_sleeping()
+        untied.fleet.update_weights(named_weights(model), version)
+        untied.fleet.wake("kv_cache")
+        assert not is_sleeping()
+        rollouts = untied.fleet.generate(make_prompts(8), num_responses=4, seed=0)
+        assert log_prob_error(model, rollouts, SAMPLING) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_stragglers_leave_nothing_behind_for_the_next_update(untied: Running) -> None:
+    """The prefix cache can be reset only when no request holds parts of it."""
+    assert isinstance(untied.fleet, ServerFleet)
+    for version in range(50, 53):
+        model = tiny_model(tied=False, seed=version)
+        untied.fleet.update_weights(named_weights(model), version)
+        rollouts = untied.fleet.generate_first(make_prompts(200), num_groups=20, num_responses=8, seed=version)
+        assert len(rollouts) == 160
+        assert log_prob_error(model, rollouts, SAMPLING) < TOLERANCE
+
+
+@pytest.mark.slow
 def test_an_incomplete_update_is_refused_and_the_server_started_anew(untied: Running) -> None:
     """The last test of this server."""
     model = tiny_model(tied=False, seed=1)
