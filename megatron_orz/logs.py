@@ -70,6 +70,7 @@ class RunLog:
         self._num_steps = num_steps
         self._is_main = is_main
         self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._gauges: list[Callable[[], Metrics]] = []
         if is_main:
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -112,9 +113,15 @@ class RunLog:
             task = bar.add_task(description, total=total)
             yield lambda: bar.advance(task)
 
+    def include(self, gauge: Callable[[], Metrics]) -> None:
+        """Adds what `gauge` says at the time to every later record."""
+        self._gauges.append(gauge)
+
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of metrics, with the spans since the last one, and prints its line."""
+        """Writes a row of metrics, with the gauges and the spans since the last one, and prints its line."""
         row = {**metrics, **self._seconds}
+        for gauge in self._gauges:
+            row |= gauge()
         self._seconds.clear()
         if not self._is_main:
             return

@@ -24,7 +24,7 @@ from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
 from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
-from megatron_orz.rollout.fleet import open_fleet
+from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.types import Prompt
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def train(config: Config) -> None:
             fleet = stack.enter_context(
                 open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir)
             )
+            if isinstance(fleet, ServerFleet):
+                log.include(fleet.metrics)
             loss_mean, temperature = config.ppo.loss_mean, config.sampling.temperature
             policy = PolicyEngine(config.policy, mesh, loss_mean=loss_mean, temperature=temperature)
             critic = CriticEngine(config.critic, mesh, loss_mean=loss_mean, seed=config.seed)

@@ -22,6 +22,21 @@ NamedWeights: TypeAlias = Iterator[tuple[str, Tensor]]
 """Hugging Face names and whole (unsharded) tensors, in a fixed order."""
 
 
+class RepeatableWeights(Iterator[tuple[str, Tensor]]):
+    """Weights that can be gathered once more from the start: the servers they were meant for may die midway."""
+
+    def __init__(self, gather: Callable[[], NamedWeights]) -> None:
+        self._gather = gather
+        self._items = gather()
+
+    def __next__(self) -> tuple[str, Tensor]:
+        return next(self._items)
+
+    def again(self) -> RepeatableWeights:
+        """The same weights from the start. Collective, like every iteration."""
+        return RepeatableWeights(self._gather)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
     """One problem, already rendered and tokenised: no text is tokenised after this point."""

@@ -155,6 +155,15 @@ def test_spans_add_up_until_the_next_record(tmp_path: Path, monkeypatch: pytest.
     assert printed(log).splitlines() == ["step  1/10  time 5.8 s", "step  2/10  time 1.0 s"]
 
 
+def test_gauges_are_read_at_every_record(tmp_path: Path) -> None:
+    restarts = iter([0.0, 2.0])
+    with quiet_log(tmp_path) as log:
+        log.include(lambda: {"fleet/restarts": next(restarts)})
+        log.record(1, {"reward/mean": 0.5})
+        log.record(2, {})
+    assert [row["fleet/restarts"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0.0, 2.0]
+
+
 def test_other_ranks_write_and_print_nothing(tmp_path: Path) -> None:
     with quiet_log(tmp_path / "run", is_main=False) as log:
         with log.span("generate"), log.progress("generate", total=2) as advance:

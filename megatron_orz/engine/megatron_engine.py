@@ -31,7 +31,15 @@ from megatron_orz.engine.replicas import finish_gather, gather_parameters, gradi
 from megatron_orz.ops.log_prob import linear_log_prob
 from megatron_orz.ops.token_loss import linear_token_loss
 from megatron_orz.ops.value_loss import linear_value_loss
-from megatron_orz.types import Experience, LossMean, LossOutput, Metrics, NamedWeights, PackedBatch, PolicyOutput
+from megatron_orz.types import (
+    Experience,
+    LossMean,
+    LossOutput,
+    Metrics,
+    PackedBatch,
+    PolicyOutput,
+    RepeatableWeights,
+)
 
 Output = TypeVar("Output", PolicyOutput, Tensor)
 Batch = TypeVar("Batch", bound=PackedBatch)
@@ -128,11 +136,13 @@ class MegatronEngine(ABC, Generic[Output]):
             update = self._optimizer.step()
         return self._sum_metrics(results) | {f"{self.name}/{name}": value for name, value in update.items()}
 
-    def hf_weights(self) -> NamedWeights:
+    def hf_weights(self) -> RepeatableWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
         self._check_loaded()
         gather_parameters(self._replicas)
-        return weights.hf_weights(self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
+        return RepeatableWeights(
+            lambda: weights.hf_weights(self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
+        )
 
     def offload(self) -> Metrics:
         """Hands the device memory of parameters, gradients and optimizer states back, until `reload`.

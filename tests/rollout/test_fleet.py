@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_orz.ranks import Ranks
-from megatron_orz.rollout.fleet import VLLMFleet
+from megatron_orz.rollout.fleet import ServerFleet
 from megatron_orz.types import NamedWeights, Prompt, Rollout
 from tests.launch import run_ranks
 from tests.rollout.conftest import make_prompts
@@ -17,7 +17,7 @@ from tests.rollout.conftest import make_prompts
 NUM_WEIGHTS = 4
 
 
-class EchoReplica:
+class EchoServers:
     """Answers every prompt with itself, and fails at the second weight of version 9."""
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
@@ -51,8 +51,8 @@ class EchoReplica:
 
 def _use_fleet() -> None:
     dist.init_process_group("gloo")
-    replica = EchoReplica() if dist.get_rank() == 0 else None
-    fleet = VLLMFleet(replica, ranks=Ranks())  # type: ignore[arg-type]
+    servers = EchoServers() if dist.get_rank() == 0 else None
+    fleet = ServerFleet(servers, ranks=Ranks())  # type: ignore[arg-type]
     prompts = make_prompts(3)
 
     def collective_weights() -> NamedWeights:
@@ -64,7 +64,7 @@ def _use_fleet() -> None:
 
     fleet.update_weights(collective_weights(), 3)
     rollouts = fleet.generate(prompts, num_responses=2, seed=0)
-    assert rollouts == EchoReplica().generate(prompts, num_responses=2, seed=0, version=3, on_rollout=None)
+    assert rollouts == EchoServers().generate(prompts, num_responses=2, seed=0, version=3, on_rollout=None)
 
     is_main = dist.get_rank() == 0
     message = "no more rollouts" if is_main else "generation failed on rank 0: ValueError: no more rollouts"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
-from megatron_orz.rollout import servers
+from megatron_orz.rollout import vllm_server
 from megatron_orz.rollout.fleet import open_fleet
 from megatron_orz.rollout.servers import ServerError
 from tests.rollout.conftest import model_config
@@ -29,7 +29,7 @@ def use_command(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
     def command(*args: object, **kwargs: object) -> Sequence[str]:
         return [sys.executable, "-c", program]
 
-    monkeypatch.setattr(servers, "_command", command)
+    monkeypatch.setattr(vllm_server, "_command", command)
 
 
 def test_a_missing_vllm_is_said_with_the_remedy(
@@ -94,15 +94,15 @@ def test_the_server_does_not_inherit_the_trainers_place(monkeypatch: pytest.Monk
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("KEPT", "kept")
-    environment = servers._environment(on_cuda=False, cpu_threads=None)
+    environment = vllm_server._environment(on_cuda=False, cpu_threads=None)
     assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "VLLM_CPU_KVCACHE_SPACE"} & environment.keys()
     assert environment["KEPT"] == "kept"
     assert environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert "OMP_NUM_THREADS" not in servers._environment(on_cuda=False, cpu_threads=None)
+    assert "OMP_NUM_THREADS" not in vllm_server._environment(on_cuda=False, cpu_threads=None)
 
 
 def test_a_server_on_the_cpu_runs_as_many_threads_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    assert servers._environment(on_cuda=False, cpu_threads=1)["OMP_NUM_THREADS"] == "1"
-    assert servers._environment(on_cuda=False, cpu_threads=None)["OMP_NUM_THREADS"] == "7"
+    assert vllm_server._environment(on_cuda=False, cpu_threads=1)["OMP_NUM_THREADS"] == "1"
+    assert vllm_server._environment(on_cuda=False, cpu_threads=None)["OMP_NUM_THREADS"] == "7"

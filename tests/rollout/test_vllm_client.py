@@ -1,107 +1,66 @@
-"""The client against a server that misbehaves on demand."""
+"""What the client sends, and which replies it believes."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from megatron_orz.config import SamplingConfig
-from megatron_orz.rollout.servers import ServerError
+from megatron_orz.rollout.client import GenerationRequest
+from megatron_orz.rollout.servers import ServerError, UnreachableError
 from megatron_orz.rollout.vllm_client import VLLMClient
 from tests.rollout.conftest import make_prompts
 
-SAMPLING = SamplingConfig(max_response_tokens=8, temperature=0.5, stop=("end",))
+REQUEST = GenerationRequest(
+    request_id="v3-s0-p0",
+    prompt=make_prompts(1)[0],
+    num_responses=3,
+    seed=11,
+    sampling=SamplingConfig(max_response_tokens=8, temperature=0.5, stop=("end",)),
+    version=3,
+)
 
 
-class FakeServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.version = "3"
-        self.requests: list[dict[str, Any]] = []
-        self.edit: Callable[[dict[str, Any]], None] = lambda choice: None
-        """Spoils each choice of an answer."""
-        self.before_answer: Callable[[], None] = lambda: None
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeServer
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        self._answer({"weight_version": self.server.version})
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(request)
-        self.server.before_answer()
-        choices = [
+def good_reply() -> dict[str, Any]:
+    return {
+        "id": "cmpl-v3-s0-p0",
+        "choices": [
             {
                 "index": index,
-                "token_ids": [*request["prompt"], index],
-                "logprobs": {"token_logprobs": [-0.25] * (len(request["prompt"]) + 1)},
-                "finish_reason": "length",
+                "token_ids": [5, 6, index],
+                "logprobs": {"token_logprobs": [-0.25, -0.5, -1.0 * index]},
+                "finish_reason": "stop" if index else "length",
             }
-            for index in reversed(range(request["n"]))
-        ]
-        for choice in choices:
-            self.server.edit(choice)
-        self._answer({"choices": choices})
-
-    def _answer(self, body: dict[str, Any]) -> None:
-        payload = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *args: object) -> None:
-        pass
+            for index in (2, 0, 1)
+        ],
+    }
 
 
-@pytest.fixture
-def server() -> Iterator[FakeServer]:
-    with FakeServer() as fake:
-        thread = Thread(target=fake.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield fake
-        fake.shutdown()
-        thread.join()
+def respond(reply: Any) -> list[Any]:
+    with VLLMClient("http://127.0.0.1:9", request_timeout_s=1) as client:
+        return client._rollouts(reply, REQUEST)
 
 
-@pytest.fixture
-def client(server: FakeServer) -> Iterator[VLLMClient]:
-    with VLLMClient(f"http://127.0.0.1:{server.server_port}", request_timeout_s=0.5) as client:
-        yield client
+def test_rollouts_are_in_the_order_of_the_siblings() -> None:
+    rollouts = respond(good_reply())
+    assert [rollout.response_ids for rollout in rollouts] == [[5, 6, 0], [5, 6, 1], [5, 6, 2]]
+    assert [rollout.rollout_log_probs[-1] for rollout in rollouts] == [0.0, -1.0, -2.0]
+    assert [rollout.finish_reason for rollout in rollouts] == ["length", "stop", "stop"]
+    assert all(rollout.prompt is REQUEST.prompt and rollout.policy_version == 3 for rollout in rollouts)
 
 
-def test_rollouts_come_in_order_with_siblings_adjacent(server: FakeServer, client: VLLMClient) -> None:
-    prompts = make_prompts(30)
-    finished: list[None] = []
-    rollouts = client.generate(
-        prompts, SAMPLING, num_responses=3, seed=0, version=3, on_rollout=lambda: finished.append(None)
-    )
-    assert [(r.prompt, r.response_ids) for r in rollouts] == [
-        (prompt, [*prompt.token_ids, sibling]) for prompt in prompts for sibling in range(3)
-    ]
-    assert {(r.policy_version, r.finish_reason) for r in rollouts} == {(3, "length")}
-    assert len(finished) == 90
-
-
-def test_a_request_leaves_no_sampling_parameter_to_the_servers_defaults(server: FakeServer, client: VLLMClient) -> None:
-    client.generate(make_prompts(2), SAMPLING, num_responses=3, seed=0, version=3)
-    first, second = server.requests
-    assert first["seed"] != second["seed"]
+def test_a_request_leaves_no_sampling_parameter_to_the_servers_defaults() -> None:
+    with VLLMClient("http://127.0.0.1:9", request_timeout_s=1) as client:
+        body = client.body(REQUEST)
     expected = {
+        "request_id": "v3-s0-p0",
+        "prompt": REQUEST.prompt.token_ids,
         "n": 3,
+        "seed": 11,
         "max_tokens": 8,
         "temperature": 0.5,
         "top_p": 1.0,
@@ -111,44 +70,78 @@ def test_a_request_leaves_no_sampling_parameter_to_the_servers_defaults(server: 
         "stop": ["end"],
         "include_stop_str_in_output": True,
     }
-    assert {name: first[name] for name in expected} == expected
+    assert {name: body[name] for name in expected} == expected
 
 
-def test_other_weights_than_expected_are_an_error(server: FakeServer, client: VLLMClient) -> None:
-    with pytest.raises(ServerError, match=r"holds weights of version 3, not 4"):
-        client.generate(make_prompts(1), SAMPLING, num_responses=1, seed=0, version=4)
-    assert server.requests == []
+def _edit_choice(**values: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda reply: reply["choices"][1].update(values)
 
 
-def test_weights_that_change_during_generation_are_an_error(server: FakeServer, client: VLLMClient) -> None:
-    server.before_answer = lambda: setattr(server, "version", "4")
-    with pytest.raises(ServerError, match=r"holds weights of version 4, not 3"):
-        client.generate(make_prompts(1), SAMPLING, num_responses=1, seed=0, version=3)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda reply: reply["choices"].pop(0), "2 responses, not 3"),
+        (_edit_choice(index=1), "two choices have the same index"),
+        (_edit_choice(token_ids=[5, 6]), "2 tokens and 3 log-probs"),
+        (_edit_choice(token_ids=[], logprobs={"token_logprobs": []}), "has 0 tokens"),
+        (_edit_choice(token_ids=[1] * 9, logprobs={"token_logprobs": [0.0] * 9}), "has 9 tokens"),
+        (_edit_choice(token_ids=[5, 6, "7"]), "something else than token ids"),
+        (_edit_choice(token_ids=[5, 6, -7]), "something else than token ids"),
+        (_edit_choice(logprobs={"token_logprobs": [0.0, None, 0.0]}), "something else than responses"),
+        (_edit_choice(logprobs={"token_logprobs": [0.0, float("nan"), 0.0]}), "not a finite number"),
+        (_edit_choice(finish_reason="repetition"), "ended for 'repetition'"),
+        (_edit_choice(finish_reason="abort"), "ended for 'abort'"),
+        (lambda reply: reply.update(id="cmpl-v3-s0-p1"), "answers 'cmpl-v3-s0-p1', not 'v3-s0-p0'"),
+        (lambda reply: reply.clear(), "something else than responses"),
+    ],
+)
+def test_a_reply_that_is_not_whole_is_an_error(spoil: Callable[[dict[str, Any]], None], message: str) -> None:
+    reply = good_reply()
+    spoil(reply)
+    with pytest.raises(ServerError, match=message):
+        respond(reply)
 
 
-def test_an_answer_that_does_not_come_ends_at_the_deadline(server: FakeServer, client: VLLMClient) -> None:
-    server.before_answer = lambda: time.sleep(3)
-    started = time.monotonic()
-    with pytest.raises(ServerError, match=r"longer than fleet\.request_timeout_s = 0\.5 s; raise it"):
-        client.generate(make_prompts(2), SAMPLING, num_responses=1, seed=0, version=3)
-    assert time.monotonic() - started < 2
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: (
+        st.lists(children, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["id", "choices", "index", "token_ids", "logprobs", "token_logprobs", "finish_reason"]),
+            children,
+            max_size=5,
+        )
+    ),
+    max_leaves=15,
+)
 
 
-def test_a_missing_response_is_an_error(server: FakeServer, client: VLLMClient) -> None:
-    server.edit = lambda choice: choice["token_ids"].pop()
-    with pytest.raises(ServerError, match=r"has 5 tokens and 6 log-probs"):
-        client.generate(make_prompts(1), SAMPLING, num_responses=1, seed=0, version=3)
+@settings(max_examples=50)
+@given(JSON)
+def test_any_json_is_a_reply_or_an_error(reply: Any) -> None:
+    with pytest.raises(ServerError):
+        respond(reply)
 
 
-def test_an_unknown_ending_is_an_error(server: FakeServer, client: VLLMClient) -> None:
-    server.edit = lambda choice: choice.update(finish_reason="repetition")
-    with pytest.raises(ServerError, match=r"ended for 'repetition'"):
-        client.generate(make_prompts(1), SAMPLING, num_responses=1, seed=0, version=3)
+@settings(max_examples=50)
+@given(st.integers(0, 2), st.sampled_from(["index", "token_ids", "logprobs", "finish_reason"]), JSON)
+@example(0, "index", float("inf"))
+@example(0, "logprobs", {"token_logprobs": [10**400, 0, 0]})
+def test_any_change_of_a_reply_leaves_whole_responses_or_an_error(index: int, key: str, value: Any) -> None:
+    reply = good_reply()
+    reply["choices"][index][key] = value
+    try:
+        rollouts = respond(reply)
+    except ServerError:
+        return
+    for rollout in rollouts:
+        assert 1 <= len(rollout.response_ids) == len(rollout.rollout_log_probs) <= 8
+        assert all(type(token) is int and token >= 0 for token in rollout.response_ids)
 
 
 def test_a_server_that_is_gone_is_an_error() -> None:
     with (
         VLLMClient("http://127.0.0.1:9", request_timeout_s=1) as client,
-        pytest.raises(ServerError, match=r"127\.0\.0\.1:9/weight_info is unreachable"),
+        pytest.raises(UnreachableError, match=r"127\.0\.0\.1:9/weight_info is unreachable"),
     ):
-        client.generate(make_prompts(1), SAMPLING, num_responses=1, seed=0, version=3)
+        client.get("/weight_info")

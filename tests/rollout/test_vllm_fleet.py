@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from threading import Timer
 
@@ -19,10 +21,11 @@ import torch.distributed as dist
 
 from megatron_orz.config import FleetConfig, SamplingConfig
 from megatron_orz.rollout import transport
-from megatron_orz.rollout.fleet import VLLMFleet, open_fleet
-from megatron_orz.rollout.servers import ServerError, _free_port
+from megatron_orz.rollout.client import GenerationRequest
+from megatron_orz.rollout.fleet import ServerFleet, open_fleet
+from megatron_orz.rollout.servers import RefusedError, ServerError, free_port
 from megatron_orz.rollout.vllm_client import VLLMClient
-from megatron_orz.types import Fleet
+from megatron_orz.types import Fleet, Prompt, RepeatableWeights, Rollout
 from tests.launch import run_ranks
 from tests.rollout.conftest import (
     check_endings,
@@ -32,6 +35,7 @@ from tests.rollout.conftest import (
     named_weights,
     tiny_model,
 )
+from tests.rollout.test_process import wait_for
 
 pytest.importorskip("vllm")
 
@@ -52,16 +56,40 @@ def run_server(checkpoint: Path, run_dir: Path) -> Iterator[Running]:
         patch.setenv("OMP_NUM_THREADS", "1")
         # So small that layers straddle buckets.
         patch.setattr(transport, "BUCKET_BYTES", 4096)
-        port = _free_port()
+        port = free_port()
         config = FleetConfig(port=port, max_model_tokens=1024, kv_cache_gib=0.25)
         with open_fleet(config, SAMPLING, model_config(checkpoint), run_dir=run_dir) as fleet:
-            assert isinstance(fleet, VLLMFleet)
-            assert fleet._replica is not None
-            supervisor = psutil.Process(fleet._replica._server.pid)
-            processes = [supervisor, *supervisor.children(recursive=True)]
-            yield Running(fleet, f"http://127.0.0.1:{port}", processes)
+            yield Running(fleet, f"http://127.0.0.1:{port}", processes := processes_of(fleet, 0))
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not alive, "the server left processes behind"
+
+
+def processes_of(fleet: Fleet, index: int) -> list[psutil.Process]:
+    """The supervisor of a server, its API server and whatever is below."""
+    assert isinstance(fleet, ServerFleet)
+    assert fleet._servers is not None
+    running = fleet._servers._replicas[index]._running
+    assert running is not None
+    assert running.process is not None
+    supervisor = psutil.Process(running.process.pid)
+    return [supervisor, *supervisor.children(recursive=True)]
+
+
+def ask(url: str, prompts: list[Prompt], sampling: SamplingConfig) -> list[Rollout]:
+    """Four responses to each prompt, with other sampling than the fleet's."""
+
+    async def ask_all() -> list[list[Rollout]]:
+        requests = [
+            GenerationRequest(
+                request_id=f"ask-{index}", prompt=prompt, num_responses=4, seed=index, sampling=sampling, version=-1
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        with VLLMClient(url, request_timeout_s=60) as client:
+            async with httpx.AsyncClient(trust_env=False) as http:
+                return await asyncio.gather(*(client.respond(http, request) for request in requests))
+
+    return list(chain.from_iterable(asyncio.run(ask_all())))
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +136,7 @@ def test_log_probs_equal_those_of_a_forward_pass(tied: Running) -> None:
     ids=["temperature", "top"],
 )
 def test_log_probs_are_those_of_the_sampling_distribution(tied: Running, sampling: SamplingConfig) -> None:
-    with VLLMClient(tied.url, request_timeout_s=60) as client:
-        rollouts = client.generate(make_prompts(20), sampling, num_responses=4, seed=0, version=-1)
+    rollouts = ask(tied.url, make_prompts(20), sampling)
     assert log_prob_error(tiny_model(tied=True, seed=0), rollouts, sampling) < TOLERANCE
 
 
@@ -145,24 +172,22 @@ def test_a_foreign_update_is_noticed(tied: Running) -> None:
 
 
 def test_a_prompt_too_long_for_the_server_is_refused_with_its_reason(tied: Running) -> None:
-    prompt = make_prompts(1)[0]
-    with (
-        VLLMClient(tied.url, request_timeout_s=60) as client,
-        pytest.raises(ServerError, match=r"answered 400: .*1024"),
-    ):
-        client.generate([prompt], SamplingConfig(max_response_tokens=1500), num_responses=1, seed=0, version=5)
+    with pytest.raises(RefusedError, match=r"answered 400: .*1024"):
+        ask(tied.url, make_prompts(1), SamplingConfig(max_response_tokens=1500))
 
 
-def test_a_server_killed_during_a_request_is_an_error_not_a_hang(tied: Running) -> None:
-    """The last test of this server."""
+def test_a_killed_server_ends_the_request_and_comes_back_for_the_next_update(tied: Running) -> None:
+    """The last test of this server: it is the only one, so that the request cannot move on."""
     (api_server,) = tied.processes[0].children()
     Timer(0.5, api_server.kill).start()
     started = time.monotonic()
-    with pytest.raises(ServerError, match=r"ended with exit code 137 during the run; see .*vllm\.log"):
+    with pytest.raises(ServerError, match=r"0 of 1 servers .* exit code 137 during the run; see .*vllm\.log"):
         tied.fleet.generate(make_prompts(500), num_responses=20, seed=0)
     assert time.monotonic() - started < 20
-    with pytest.raises(ServerError, match="ended with exit code 137"):
-        tied.fleet.update_weights(named_weights(tiny_model(tied=True, seed=0)), 7)
+    model = tiny_model(tied=True, seed=3)
+    tied.fleet.update_weights(named_weights(model), 7)
+    assert log_prob_error(model, tied.fleet.generate(make_prompts(8), num_responses=4, seed=0), SAMPLING) < TOLERANCE
+    tied.processes += processes_of(tied.fleet, 0)
 
 
 @pytest.mark.slow
@@ -171,14 +196,53 @@ def test_updates_of_an_untied_model_reach_every_weight(untied: Running) -> None:
 
 
 @pytest.mark.slow
-def test_an_incomplete_update_is_refused_and_ends_the_use_of_the_server(untied: Running) -> None:
+def test_an_incomplete_update_is_refused_and_the_server_started_anew(untied: Running) -> None:
     """The last test of this server."""
-    weights = [item for item in named_weights(tiny_model(tied=False, seed=1)) if item[0] != "model.norm.weight"]
-    with pytest.raises(ServerError, match=r"answered 500") as failed:
+    model = tiny_model(tied=False, seed=1)
+    weights = [item for item in named_weights(model) if item[0] != "model.norm.weight"]
+    with pytest.raises(ServerError, match=r"answered 500"):
         untied.fleet.update_weights(iter(weights), 9)
-    assert any("vllm.log" in note for note in failed.value.__notes__)
-    with pytest.raises(ServerError, match="an earlier weight update failed"):
+    with pytest.raises(ServerError, match="a weight update failed"):
         untied.fleet.generate(make_prompts(1), num_responses=1, seed=0)
+    untied.fleet.update_weights(named_weights(model), 10)
+    rollouts = untied.fleet.generate(make_prompts(8), num_responses=4, seed=0)
+    assert log_prob_error(model, rollouts, SAMPLING) < TOLERANCE
+    untied.processes += processes_of(untied.fleet, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+def test_two_servers_share_the_work_and_one_takes_over_from_the_other(
+    tied_checkpoint: Path, tmp_path: Path, tp: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights reach both by one broadcast; one is killed amid its requests, and comes back with the next weights."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = FleetConfig(num_servers=2, server_tp=tp, max_model_tokens=512, kv_cache_gib=0.25)
+    prompts = make_prompts(60)
+
+    def weights(seed: int) -> RepeatableWeights:
+        return RepeatableWeights(lambda: iter(list(tiny_model(tied=True, seed=seed).named_parameters())))
+
+    with open_fleet(config, SAMPLING, model_config(tied_checkpoint), run_dir=tmp_path) as fleet:
+        for version in range(3):
+            fleet.update_weights(weights(20 + version), version)
+            if version > 0:
+                victim = processes_of(fleet, version % 2)[1]
+                Timer(0.3, victim.kill).start()
+            rollouts = fleet.generate(prompts, num_responses=8, seed=version)
+            assert [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(8)]
+            assert {rollout.policy_version for rollout in rollouts} == {version}
+            assert log_prob_error(tiny_model(tied=True, seed=20 + version), rollouts, SAMPLING) < TOLERANCE
+        assert isinstance(fleet, ServerFleet)
+        assert fleet._servers is not None
+        for replica in fleet._servers._replicas:
+            wait_for(lambda replica=replica: replica.is_up, timeout_s=300)
+        fleet.update_weights(weights(30), 3)
+        assert fleet._servers.metrics()["fleet/servers_up"] == 2
+        assert (
+            log_prob_error(tiny_model(tied=True, seed=30), fleet.generate(prompts, num_responses=2, seed=0), SAMPLING)
+            < TOLERANCE
+        )
 
 
 def _share_server(checkpoint: Path, run_dir: Path) -> None:
@@ -203,7 +267,7 @@ TRAINER = """
 import sys, time
 from pathlib import Path
 from megatron_orz.config import FleetConfig, SamplingConfig
-from megatron_orz.rollout.fleet import VLLMFleet, open_fleet
+from megatron_orz.rollout.fleet import open_fleet
 from tests.rollout.conftest import model_config
 
 path, run_dir = map(Path, sys.argv[1:])

@@ -1,0 +1,254 @@
+"""The servers of a fleet, as rank 0 sees them: opened together, updated together, asked as one.
+
+Everything about the servers happens in one event loop, on a thread of its own that lives as long as the fleet: they are
+watched and started anew while the trainer trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import httpx
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from megatron_orz.config import FleetConfig, SamplingConfig
+from megatron_orz.rollout.client import LIMITS, GenerationRequest, ServerClient
+from megatron_orz.rollout.replica import Replica, Running
+from megatron_orz.rollout.router import Router, too_few
+from megatron_orz.rollout.sampling import prompt_seed
+from megatron_orz.rollout.servers import ServerError
+from megatron_orz.types import Metrics, NamedWeights, Prompt, Rollout
+
+_POLL_S = 0.25
+
+_log = logging.getLogger(__name__)
+
+
+class Sender(Protocol):
+    """Brings new weights to the servers it was made for."""
+
+    def send(self, weights: NamedWeights, version: int) -> None:
+        """All servers hold the weights of `version` afterwards, or none is of use any more: raises RuntimeError."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Of the last update."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the servers."""
+        ...
+
+
+class ServersLostError(ServerError):
+    """Servers died of, or during, a weight update; the others came to no good end with it either."""
+
+
+class ServerGroup:
+    """Several servers with the same weights. Its methods are called on the trainer's thread, and block."""
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        sampling: SamplingConfig,
+        fleet: FleetConfig,
+        *,
+        http: httpx.AsyncClient,
+        portal: BlockingPortal,
+        connect: Callable[[Sequence[ServerClient]], Sender],
+    ) -> None:
+        """connect: joins the trainer and servers for weight updates."""
+        self._replicas = replicas
+        self._sampling = sampling
+        self._min_servers = fleet.min_servers
+        self._http = http
+        self._portal = portal
+        self._connect = connect
+        self._router = Router(
+            replicas, min_servers=fleet.min_servers, max_rollouts_in_flight=fleet.max_rollouts_in_flight
+        )
+        self._sender: tuple[list[ServerClient], Sender] | None = None
+        self._waits_for_all = False
+
+    def update_weights(self, weights: NamedWeights, version: int) -> None:
+        """New weights for every server that is up.
+
+        An update that fails midway leaves all its servers with neither the old nor the new weights, so that they are
+        started anew. Raises ServersLostError when one of them died of it: the update can be repeated, and the next one
+        waits for all. What fails though every server lives would fail again, and is raised as it is.
+        """
+        replicas = self._portal.call(self._ready)
+        try:
+            self._sender_to(replicas).send(weights, version)
+        except RuntimeError as error:
+            self._drop_sender()
+            has_died = not all(self._portal.call(self._are_well, replicas))
+            for replica in replicas:
+                self._portal.call(
+                    partial(replica.fail, f"a weight update failed: {error}", is_final=not replica.is_ours)
+                )
+            self._waits_for_all = True
+            if has_died:
+                raise ServersLostError(f"servers died during the update to version {version}: {error}") from error
+            raise
+        self._waits_for_all = False
+        for replica in replicas:
+            replica.updated(version)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        version: int,
+        on_rollout: Callable[[], None] | None,
+    ) -> list[Rollout]:
+        """The rollouts of the weights of `version`, siblings adjacent, in the order of the prompts."""
+        requests = [
+            GenerationRequest(
+                request_id=f"v{version}-s{seed}-p{index}",
+                prompt=prompt,
+                num_responses=num_responses,
+                seed=prompt_seed(seed, index),
+                sampling=self._sampling,
+                version=version,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        answers = self._portal.call(self._answer, requests, version, on_rollout) if requests else []
+        return [rollout for siblings in answers for rollout in siblings]
+
+    def metrics(self) -> Metrics:
+        """What happened to the servers since the run began, and the last weight update."""
+        return (self._sender[1].metrics() if self._sender is not None else {}) | {
+            "fleet/servers_up": float(sum(replica.is_up for replica in self._replicas)),
+            "fleet/restarts": float(sum(replica.num_restarts for replica in self._replicas)),
+            "fleet/retried_requests": float(self._router.num_retries),
+        }
+
+    def close(self) -> None:
+        """Leaves the servers; what runs is ended by `open_group`."""
+        self._drop_sender()
+
+    async def _answer(
+        self, requests: Sequence[GenerationRequest], version: int, on_rollout: Callable[[], None] | None
+    ) -> list[list[Rollout]]:
+        await self._check_version(version)
+        answers = await self._router.answer(requests, on_rollout=on_rollout)
+        await self._check_version(version)
+        return answers
+
+    async def _check_version(self, version: int) -> None:
+        """Raises ServerError when a server holds other weights than it was given."""
+
+        async def check(replica: Replica) -> None:
+            try:
+                served = await replica.client.served_version(self._http)
+            except ServerError:
+                await replica.is_well()  # a server that does not answer is the watch's business
+                return
+            if served != str(version):
+                raise ServerError(
+                    f"the server at {replica.client.url} holds weights of version {served}, not {version}; "
+                    "only this run's update_weights may change them"
+                )
+
+        await asyncio.gather(*(check(replica) for replica in self._replicas if replica.holds(version)))
+
+    async def _ready(self) -> list[Replica]:
+        """The servers that take part in an update: all that are up, at least `min_servers`.
+
+        After an update that failed, all servers that still start are waited for: the others of the group were started
+        anew with the one that died.
+        """
+        while True:
+            up = [replica for replica in self._replicas if replica.is_up]
+            hopeful = [replica for replica in self._replicas if replica.phase != "lost"]
+            if len(hopeful) < self._min_servers:
+                raise too_few(self._replicas, len(hopeful), self._min_servers)
+            is_enough = len(up) == len(hopeful) if self._waits_for_all else len(up) >= self._min_servers
+            if is_enough and all(await self._are_well(up)):
+                return up
+            await asyncio.sleep(_POLL_S)
+
+    async def _are_well(self, replicas: Sequence[Replica]) -> list[bool]:
+        return await asyncio.gather(*(replica.is_well() for replica in replicas))
+
+    def _sender_to(self, replicas: Sequence[Replica]) -> Sender:
+        clients = [replica.client for replica in replicas]
+        if self._sender is None or self._sender[0] != clients:
+            self._drop_sender()
+            self._sender = clients, self._connect(clients)
+        return self._sender[1]
+
+    def _drop_sender(self) -> None:
+        if self._sender is not None:
+            self._sender[1].close()
+        self._sender = None
+
+
+@contextmanager
+def open_group(
+    runs: Sequence[tuple[str, Callable[[int], Running]]],
+    sampling: SamplingConfig,
+    fleet: FleetConfig,
+    *,
+    connect: Callable[[Sequence[ServerClient]], Sender],
+    on_wait: Callable[[float], None],
+) -> Iterator[ServerGroup]:
+    """Starts the servers, watches them, and ends them whatever happens.
+
+    runs: a name for each server, and what starts it (see `Replica`).
+    on_wait: called with the seconds elapsed a few times a second until all answer.
+    Raises ValueError for what cannot start, and ServerError when one of them does not start.
+    """
+    with start_blocking_portal(name="fleet") as portal:
+        http = httpx.AsyncClient(limits=LIMITS, trust_env=False)
+        replicas: list[Replica] = []
+        tasks: list[asyncio.Task[None]] = []
+
+        async def start() -> None:
+            """Starts all servers at once; the first failure ends the wait."""
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(3 * len(runs), "fleet"))
+            for name, run in runs:
+                replicas.append(
+                    Replica(
+                        name,
+                        run,
+                        http=http,
+                        heartbeat_timeout_s=fleet.heartbeat_timeout_s,
+                        stuck_timeout_s=fleet.stuck_timeout_s,
+                    )
+                )
+            started = time.monotonic()
+            starts = asyncio.gather(*(replica.start() for replica in replicas))
+            while not starts.done():
+                on_wait(time.monotonic() - started)
+                await asyncio.wait([starts], timeout=_POLL_S)
+            starts.result()
+            tasks.extend(asyncio.create_task(replica.keep()) for replica in replicas)
+
+        async def stop() -> None:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*(replica.close() for replica in replicas))
+            await http.aclose()
+
+        try:
+            portal.call(start)
+            group = ServerGroup(replicas, sampling, fleet, http=http, portal=portal, connect=connect)
+            try:
+                yield group
+            finally:
+                group.close()
+        finally:
+            portal.call(stop)

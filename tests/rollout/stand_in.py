@@ -1,0 +1,125 @@
+"""A stand-in for a vLLM server, as a process of its own that starts in an instant and misbehaves on demand.
+
+    python stand_in.py PORT
+
+Responses are a function of the prompt, the seed and the weights, so that it shows whether one was lost, mixed up or
+made by other weights. POST /fault {"name": {...}} arms a fault: see `Faults`.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Lock
+from typing import Any
+
+NUM_TOKENS = 6
+
+
+def response(prompt: list[int], seed: int, sibling: int, version: int) -> list[int]:
+    """The token ids of one response."""
+    return [(sum(prompt) + seed + 31 * sibling + 7 * version + 3 * step) % 997 for step in range(NUM_TOKENS)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """What goes wrong with generation requests."""
+
+    delay_s: float = 0.0
+    """Each answer takes this long; tokens are computed meanwhile."""
+    is_stuck: bool = False
+    """No answer comes, no token is computed, and everything else works."""
+    reply: str | None = None
+    """The body of every answer, in place of JSON."""
+    status: int = 200
+    """The status of every answer."""
+    drops: bool = False
+    """Every connection breaks without an answer."""
+    drop_key: str | None = None
+    """This part is missing from every choice."""
+
+
+class StandIn(ThreadingHTTPServer):
+    """The server's state."""
+
+    daemon_threads = True
+    request_queue_size = 1024
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.version = "default"
+        self.faults = Faults()
+        self.num_tokens = 0
+        self.requests: list[dict[str, Any]] = []
+        self.lock = Lock()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StandIn
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        match self.path:
+            case "/metrics":
+                with self.server.lock:
+                    self.server.num_tokens += not self.server.faults.is_stuck
+                    text = f'# a comment\nvllm:generation_tokens_total{{engine="0"}} {self.server.num_tokens}.0\n'
+                self._send(200, text)
+            case "/weight_info":
+                self._send(200, json.dumps({"weight_version": self.server.version}))
+            case "/requests":
+                self._send(200, json.dumps(self.server.requests))
+            case "/health":
+                self._send(200, "")
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        match self.path:
+            case "/fault":
+                self.server.faults = replace(Faults(), **body)
+                self._send(200, "{}")
+            case "/update_weight_version":
+                self.server.version = body["new_version"]
+                self._send(200, "{}")
+            case "/v1/completions":
+                self._complete(body)
+
+    def _complete(self, request: dict[str, Any]) -> None:
+        with self.server.lock:
+            self.server.requests.append(request)
+        faults = self.server.faults
+        if faults.is_stuck:
+            Event().wait()
+        time.sleep(faults.delay_s)
+        if faults.drops:
+            self.close_connection = True
+            self.connection.close()
+            return
+        choices = []
+        for index in reversed(range(request["n"])):
+            ids = response(request["prompt"], request["seed"], index, int(self.server.version))
+            choice = {
+                "index": index,
+                "token_ids": ids,
+                "logprobs": {"token_logprobs": [-0.25] * len(ids)},
+                "finish_reason": "length",
+            }
+            choice.pop(faults.drop_key, None)
+            choices.append(choice)
+        reply = json.dumps({"id": f"cmpl-{request['request_id']}", "choices": choices})
+        self._send(faults.status, faults.reply or reply)
+
+    def _send(self, status: int, text: str) -> None:
+        payload = text.encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(payload)))
+        self.end_headers()
+        self.wfile.write(payload)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    StandIn(int(sys.argv[1])).serve_forever()

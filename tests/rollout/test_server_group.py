@@ -1,0 +1,220 @@
+"""Servers that are killed, hang, slow down or talk nonsense at any moment: every request is answered once, rightly."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from threading import Timer
+
+import pytest
+
+from megatron_orz.rollout import replica
+from megatron_orz.rollout.server_group import ServerGroup
+from megatron_orz.rollout.servers import RefusedError, ServerError
+from tests.rollout.conftest import make_prompts
+from tests.rollout.stand_in_fleet import contents, expected, open_stand_ins
+from tests.rollout.test_process import wait_for
+
+
+@pytest.fixture(autouse=True)
+def _impatience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "_RESTART_DELAYS_S", (0.0, 0.1, 0.2))
+    monkeypatch.setattr(replica, "_HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(replica, "_DEATH_WAIT_S", 0.5)
+
+
+def states(group: ServerGroup) -> list[str]:
+    return [server.phase for server in group._replicas]
+
+
+def all_up(group: ServerGroup) -> Callable[[], bool]:
+    return lambda: all(server.is_up for server in group._replicas)
+
+
+def test_siblings_go_to_one_server_and_prompts_to_all(tmp_path: Path) -> None:
+    prompts = make_prompts(40)
+    with open_stand_ins(tmp_path, 3) as servers:
+        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        requests = [servers.requests(index) for index in range(3)]
+        assert min(map(len, requests)) >= 40 // 3 - 1
+        assert [request["n"] for of_server in requests for request in of_server] == [3] * 40
+        servers.update(5)
+        assert contents(servers.generate(prompts, version=5)) == expected(prompts, version=5)
+
+
+def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=7) as servers:
+        for index in range(2):
+            servers.fault(index, delay_s=0.5)
+        most = 0
+        started = time.monotonic()
+        generation = Timer(0, servers.generate, [make_prompts(12)], {"version": -1})
+        generation.start()
+        while generation.is_alive():
+            most = max(most, *(server.num_rollouts for server in servers.group._replicas))
+            time.sleep(0.01)
+        assert most == 6  # two requests of three, as a third would exceed seven
+        assert time.monotonic() - started > 1.4  # twelve requests, four at a time
+
+
+def test_a_slow_server_gets_less_to_do(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=6) as servers:
+        servers.fault(0, delay_s=0.5)
+        prompts = make_prompts(20)
+        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert len(servers.requests(0)) < len(servers.requests(1)) / 2
+
+
+def kill_in_a_loop(run_dir: Path, *, seed: int, num_updates: int) -> None:
+    """Kills fall into generation, into updates, and between them; the killed servers come back."""
+    draw = random.Random(seed)
+    prompts = make_prompts(20)
+    with open_stand_ins(run_dir, 3) as servers:
+        num_kills = 0
+        for version in range(num_updates):
+            up = [index for index in range(3) if servers.group._replicas[index].is_up]
+            victims = draw.sample(up, k=min(len(up) - 1, draw.randint(1, 2)))
+            num_kills += len(victims)
+            timers = [Timer(draw.uniform(0, 0.3), servers.kill, [victim]) for victim in victims]
+            for timer in timers:
+                timer.start()
+            servers.update(version)
+            assert contents(servers.generate(prompts, version=version)) == expected(prompts, version=version)
+            for timer in timers:
+                timer.join()
+        wait_for(all_up(servers.group))
+        assert num_kills >= num_updates // 2
+        assert servers.group.metrics()["fleet/restarts"] >= num_kills
+
+
+def test_killed_at_any_moment_in_a_loop_nothing_is_lost_and_nothing_twice(tmp_path: Path) -> None:
+    kill_in_a_loop(tmp_path, seed=0, num_updates=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_killed_at_any_moment_in_a_long_loop(tmp_path: Path, seed: int) -> None:
+    kill_in_a_loop(tmp_path, seed=seed, num_updates=20)
+
+
+def test_a_server_that_was_started_anew_waits_for_the_weights(tmp_path: Path) -> None:
+    prompts = make_prompts(6)
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.update(3)
+        servers.kill(0)
+        wait_for(lambda: servers.group._replicas[0].num_restarts == 1 and servers.group._replicas[0].is_up)
+        assert contents(servers.generate(prompts, version=3)) == expected(prompts, version=3)
+        assert servers.requests(0) == []
+        servers.update(4)
+        servers.generate(prompts, version=4)
+        assert len(servers.requests(0)) == 3
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"is_stuck": True},
+        {"reply": "<html>502 Bad Gateway</html>"},
+        {"reply": "[]"},
+        {"drop_key": "token_ids"},
+        {"status": 500},
+        {"drops": True},
+    ],
+    ids=["stuck", "no-json", "other-json", "incomplete", "error", "broken-connection"],
+)
+def test_a_faulty_server_is_replaced_and_its_requests_move_on(tmp_path: Path, fault: dict[str, object]) -> None:
+    prompts = make_prompts(10)
+    with open_stand_ins(tmp_path, 2, stuck_timeout_s=0.5) as servers:
+        servers.fault(0, **fault)
+        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
+        assert servers.group.metrics()["fleet/retried_requests"] >= 3
+
+
+def test_a_stopped_process_is_noticed_and_replaced(tmp_path: Path) -> None:
+    prompts = make_prompts(10)
+    with open_stand_ins(tmp_path, 2, heartbeat_timeout_s=0.5) as servers:
+        os.kill(servers.pid(0), signal.SIGSTOP)
+        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
+        assert "took longer than 0.5 s" in servers.group._replicas[0].reason
+
+
+def test_a_late_answer_is_asked_of_another_server(tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_stand_ins(tmp_path, 2, request_timeout_s=0.5) as servers:
+        servers.fault(0, delay_s=3.0)
+        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert states(servers.group) == ["up", "up"]  # it computes tokens, so it is not to blame
+
+
+def test_requests_that_are_late_everywhere_end_with_the_remedy(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2, request_timeout_s=0.3) as servers:
+        for index in range(2):
+            servers.fault(index, delay_s=3.0)
+        with pytest.raises(ServerError, match=r"took longer than 0\.3 s \(fleet\.request_timeout_s\); raise it"):
+            servers.generate(make_prompts(4), version=-1)
+
+
+def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2, min_servers=2) as servers:
+        servers.update(1)
+        servers.fault(0, delay_s=5)
+        Timer(0.2, servers.kill, [0]).start()
+        reason = r"1 of 2 servers can answer, fewer than fleet\.min_servers = 2; server 0: .* ended with exit code 137"
+        with pytest.raises(ServerError, match=reason):
+            servers.generate(make_prompts(10), version=1)
+
+
+def test_an_update_waits_for_the_minimum(tmp_path: Path) -> None:
+    """The only server dies between two steps: the next update finds it started anew."""
+    prompts = make_prompts(4)
+    with open_stand_ins(tmp_path, 1) as servers:
+        servers.kill(0)
+        servers.update(1)
+        assert contents(servers.generate(prompts, version=1)) == expected(prompts, version=1)
+
+
+def test_a_server_that_fails_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_stand_ins(tmp_path, 1) as servers:
+        monkeypatch.setattr(servers.group._replicas[0], "_run", _cannot_start)
+        servers.kill(0)
+        with pytest.raises(ServerError, match=r"0 of 1 servers can answer, .*server 0: no more memory"):
+            servers.update(1)
+        assert states(servers.group) == ["lost"]
+
+
+def _cannot_start(num_restarts: int) -> replica.Running:
+    raise OSError("no more memory")
+
+
+def test_a_request_that_a_server_refuses_is_not_asked_of_another(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2) as servers:
+        for index in range(2):
+            servers.fault(index, status=400, reply="the prompt is too long")
+        with pytest.raises(RefusedError, match=r"answered 400: the prompt is too long"):
+            servers.generate(make_prompts(1), version=-1)
+        assert sum(len(servers.requests(index)) for index in range(2)) == 1
+
+
+def test_other_weights_than_expected_are_an_error(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.update(5)
+        servers.group._replicas[1].client.set_version(6)
+        with pytest.raises(ServerError, match=r"holds weights of version 6, not 5"):
+            servers.generate(make_prompts(1), version=5)
+
+
+def test_the_ids_and_seeds_of_a_request_are_those_of_every_attempt(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.fault(0, status=503)
+        servers.generate(make_prompts(8), version=-1)
+        requests = [(request["request_id"], request["seed"]) for request in servers.requests(0) + servers.requests(1)]
+        assert len(requests) > 8
+        assert len(set(requests)) == len({request_id for request_id, _ in requests}) == 8
+        assert max(Counter(requests).values()) <= 3
