@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_orz.benchmark import environment
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.benchmark.measure import Run, interleaved_times
-from megatron_orz.config import FleetConfig, TransportKind
+from megatron_orz.config import TransportKind
 from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport
 
@@ -158,7 +158,7 @@ def measure(weights: Sequence[tuple[str, Tensor]], arguments: Arguments) -> dict
         kinds, num_servers = arguments.transports, arguments.num_servers
         started = {kind: [stack.enter_context(BareServer()) for _ in range(num_servers)] for kind in kinds}
         for kind, servers in started.items():
-            half = build_transport(FleetConfig(transport=kind), folder=folder, is_one_machine=True)
+            half = build_transport(kind, folder=folder)
             dtype = getattr(torch, arguments.wire_dtype) if arguments.wire_dtype else None
             sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, dtype=dtype, verification="off")
             stack.enter_context(closing(sender))

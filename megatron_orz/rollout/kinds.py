@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.client import ServerClient
@@ -17,13 +16,11 @@ from megatron_orz.rollout.sglang_client import SGLangClient
 from megatron_orz.rollout.sglang_sender import SGLangSender
 from megatron_orz.rollout.sglang_server import sglang_launch
 from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
+from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport, choose_transport
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
 
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
-
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 def server_runs(
@@ -85,8 +82,7 @@ def _client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
 
 
 def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, run_dir: Path) -> WeightSender:
-    hosts = {urlsplit(client.url).hostname for client in clients}
-    transport = build_transport(fleet, folder=run_dir / "weights", is_one_machine=hosts <= _LOOPBACK)
+    transport = build_transport(choose_transport(fleet), folder=run_dir / "weights")
     sender = WeightSender(clients, transport, timeout_s=fleet.update_timeout_s, verification=fleet.verification)
     try:
         sender.connect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.sglang_client import SGLangClient
-from megatron_orz.types import NamedWeights
+from megatron_orz.types import Metrics, NamedWeights
 
 MAX_SHARD_BYTES = 2 * 2**30
 _COMPANIONS = ("config.json", "generation_config.json")
@@ -32,13 +33,15 @@ class SGLangSender:
         self._model_path = model_path
         self._folder = folder
         self._timeout_s = timeout_s
+        self._metrics: Metrics = {}
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; raises ServerError when one of them did not take them."""
+        started = time.perf_counter()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=f"weights-{version}-") as directory:
-                _write(weights, Path(directory), companions_of=self._model_path)
+                num_bytes = _write(weights, Path(directory), companions_of=self._model_path)
                 with ThreadPoolExecutor(len(self._clients), "weights") as threads:
                     loads = [
                         threads.submit(client.load, str(Path(directory).resolve()), version, timeout_s=self._timeout_s)
@@ -48,18 +51,26 @@ class SGLangSender:
                         load.result()
         except OSError as error:
             raise ServerError(f"cannot write the weights to {self._folder}: {error}; free some space") from error
+        self._metrics = {"sync/gib": num_bytes / 2**30, "sync/send_s": time.perf_counter() - started}
+
+    def metrics(self) -> Metrics:
+        """Of the last update: bytes written, and seconds until every server had loaded them."""
+        return self._metrics
 
     def close(self) -> None:
         """Nothing stays open between updates."""
 
 
-def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> None:
-    """Shards of at most `MAX_SHARD_BYTES`, as long as no tensor is larger. No index: loaders read all shards."""
+def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> int:
+    """Shards of at most `MAX_SHARD_BYTES`, as long as no tensor is larger. No index: loaders read all shards.
+
+    Returns the bytes of all tensors.
+    """
     for name in _COMPANIONS:
         if (companions_of / name).is_file():
             shutil.copy(companions_of / name, directory / name)
     shard: dict[str, Tensor] = {}
-    num_shards = num_bytes = 0
+    num_shards = num_bytes = total_bytes = 0
 
     def flush() -> None:
         save_file(shard, directory / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
@@ -72,4 +83,6 @@ def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> No
         # A copy: the tensor may share memory with what comes next.
         shard[name] = weight.detach().cpu().clone().contiguous()
         num_bytes += weight.nbytes
+        total_bytes += weight.nbytes
     flush()
+    return total_bytes

@@ -23,7 +23,7 @@ from megatron_orz.rollout.buckets import Bucket, fill_buckets
 from megatron_orz.rollout.meeting import Meeting, meeting_address
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.verification import SentDigests
-from megatron_orz.types import NamedWeights
+from megatron_orz.types import Metrics, NamedWeights
 
 BUCKET_BYTES = 64 * 2**20
 NUM_SLOTS = 2
@@ -92,6 +92,7 @@ class WeightSender:
         self._verification = verification
         self._posts = ThreadPoolExecutor(len(clients), "weights")
         self._meeting: Meeting | None = None
+        self._metrics: Metrics = {}
         self._num_messages = 0
         self._num_updates = 0
 
@@ -127,22 +128,35 @@ class WeightSender:
 
         Raises ServerError, WeightMismatch or RuntimeError; the servers then hold neither the old nor the new weights.
         """
+        started = time.perf_counter()
         post = partial(self._post_all, _Deadline(self._timeout_s))
         digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
         post("/pause", query={"mode": "keep", "clear_cache": "false"})
         post("/start_weight_update")
-        self._stream(digests.watch(weights), _Deadline(self._timeout_s))
+        moved = self._stream(digests.watch(weights), _Deadline(self._timeout_s))
         post("/finish_weight_update")
+        sent = time.perf_counter()
         if digests.names:
             held = post("/collective_rpc", {"method": "weight_digests", "args": [digests.names]})
             for client, answer in zip(self._clients, held, strict=True):
                 digests.compare(answer["results"], client.url)
+        verified = time.perf_counter()
         # An update leaves the cached keys and values of the old weights in place.
         if not all(answer["success"] for answer in post("/reset_prefix_cache")):
             raise ServerError("a server could not reset its prefix cache: requests still hold parts of it")
         post("/update_weight_version", {"new_version": str(version)})
         post("/resume")
         self._num_updates += 1
+        self._metrics = moved | {
+            "sync/send_s": sent - started,
+            "sync/verify_s": verified - sent,
+            "sync/verified_tensors": float(len(digests.names)),
+        }
+
+    def metrics(self) -> Metrics:
+        """Of the last update: bytes on the way, seconds until they were loaded, how many of those the trainer only
+        waited for workers, and seconds of verification, in which the trainer's own digests are not."""
+        return self._metrics
 
     def close(self) -> None:
         """Leaves the workers."""
@@ -150,7 +164,7 @@ class WeightSender:
         self._meeting = None
         self._posts.shutdown(wait=False, cancel_futures=True)
 
-    def _stream(self, weights: NamedWeights, deadline: _Deadline) -> None:
+    def _stream(self, weights: NamedWeights, deadline: _Deadline) -> Metrics:
         """Moves the weights while every server is in its call that receives and loads them."""
         assert self._meeting is not None, "connect comes first"
         meeting, transport = self._meeting, self._transport
@@ -167,26 +181,34 @@ class WeightSender:
                     future.result()
                     raise ServerError("a server ended a weight update before all weights were sent")
 
+        num_bytes, wait_s = 0, 0.0
         in_slot: list[int | None] = [None] * NUM_SLOTS
         slots: Iterator[int] = (index % NUM_SLOTS for index in count())
         slot = next(slots)
 
-        def buffer(num_bytes: int) -> Tensor:
+        def buffer(least_bytes: int) -> Tensor:
+            nonlocal wait_s
             if (number := in_slot[slot]) is not None:
+                begin = time.perf_counter()
                 meeting.wait_until_released(number, check)
+                wait_s += time.perf_counter() - begin
                 in_slot[slot] = None
-            return transport.buffer(slot, num_bytes)
+            return transport.buffer(slot, least_bytes)
 
         for bucket in fill_buckets(weights, BUCKET_BYTES, buffer, dtype=self._dtype):
             check()
+            num_bytes += bucket.payload.nbytes
             place = transport.send(bucket, slot)
             in_slot[slot] = self._announce(bucket.header | place)
             slot = next(slots)
         end = self._announce({"names": []})
+        begin = time.perf_counter()
         _first_error(loading)
+        wait_s += time.perf_counter() - begin
         for number in [*in_slot, end]:
             if number is not None:
                 meeting.wait_until_released(number, deadline.remaining_s)
+        return {"sync/gib": num_bytes / 2**30, "sync/wait_s": wait_s}
 
     def _announce(self, message: dict[str, Any]) -> int:
         assert self._meeting is not None

@@ -18,7 +18,7 @@ from megatron_orz.config import FleetConfig, TransportKind
 from megatron_orz.rollout import transport
 from megatron_orz.rollout.buckets import Bucket
 from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import build_transport
+from megatron_orz.rollout.transports import build_transport, choose_transport
 from megatron_orz.rollout.verification import SAMPLING_PERIOD, WeightMismatch
 from megatron_orz.types import NamedWeights
 
@@ -48,8 +48,9 @@ def make_weights(seed: int, num_tensors: int = 40) -> NamedWeights:
 
 
 def make_sender(servers: list[BareServer], kind: TransportKind, folder: Path, **options: Any) -> WeightSender:
-    half = build_transport(FleetConfig(transport=kind), folder=folder, is_one_machine=True)
-    sender = WeightSender(servers, half, **{"timeout_s": 60, "verification": "full", **options})
+    sender = WeightSender(
+        servers, build_transport(kind, folder=folder), **{"timeout_s": 60, "verification": "full", **options}
+    )
     sender.connect()
     return sender
 
@@ -64,8 +65,13 @@ def test_every_server_gets_every_update(servers: list[BareServer], kind: Transpo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_converted_on_the_way(servers: list[BareServer], kind: TransportKind, tmp_path: Path) -> None:
+    num_elements = sum(weight.numel() for _, weight in make_weights(0))
     with closing(make_sender(servers, kind, tmp_path, dtype=torch.bfloat16)) as sender:
         sender.send(make_weights(0), 0)
+        metrics = sender.metrics()
+    assert metrics["sync/gib"] * 2**30 == 2 * num_elements
+    assert metrics["sync/verified_tensors"] == 40
+    assert metrics["sync/send_s"] > metrics["sync/wait_s"] > 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -197,19 +203,23 @@ def test_the_meeting_listens_on_its_own_address_alone(servers: list[BareServer],
     assert listening == ["127.0.0.1"]
 
 
-def test_a_transport_that_does_not_reach_the_servers_is_refused(tmp_path: Path) -> None:
+ELSEWHERE = ("http://127.0.0.1:8000", "http://10.0.0.7:8000")
+
+
+def test_a_transport_that_does_not_reach_the_servers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"fleet\.transport is ipc, .* set nccl, gloo or disk"):
-        build_transport(FleetConfig(transport="ipc"), folder=tmp_path, is_one_machine=False)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"fleet\.transport is nccl, but there is no GPU here"):
-            build_transport(FleetConfig(transport="nccl"), folder=tmp_path, is_one_machine=True)
-
-
-def test_the_fastest_transport_that_reaches_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(*, is_one_machine: bool) -> str:
-        return build_transport(FleetConfig(), folder=tmp_path, is_one_machine=is_one_machine).name
-
+        choose_transport(FleetConfig(transport="ipc", urls=ELSEWHERE))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (chosen(is_one_machine=True), chosen(is_one_machine=False)) == ("ipc", "gloo")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (chosen(is_one_machine=True), chosen(is_one_machine=False)) == ("ipc", "nccl")
+    with pytest.raises(ValueError, match=r"fleet\.transport is nccl, but there is no GPU here"):
+        choose_transport(FleetConfig(transport="nccl"))
+
+
+@pytest.mark.parametrize(("has_gpus", "elsewhere"), [(False, "gloo"), (True, "nccl")])
+def test_the_fastest_transport_that_reaches_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, has_gpus: bool, elsewhere: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpus)
+    assert choose_transport(FleetConfig()) == "ipc"
+    assert choose_transport(FleetConfig(urls=ELSEWHERE[:1])) == "ipc"
+    assert choose_transport(FleetConfig(urls=ELSEWHERE)) == elsewhere
+    assert choose_transport(FleetConfig(urls=ELSEWHERE, transport="disk")) == "disk"
