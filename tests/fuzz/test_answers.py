@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from megatron_orz.rewards.math_answer import MAX_ANSWER_CHARS, extract_answer, quick_verdict
-from megatron_orz.rewards.quality import is_reflective
+from megatron_orz.metrics.traits import reflection_patterns
 from tests.fuzz.inputs import fuzz, sizes
 
 PIECES = st.sampled_from(
@@ -73,7 +73,7 @@ def check_extraction(response: str) -> None:
         assert answer in response
         assert "<answer>" in response
         assert quick_verdict(answer, answer) is True
-    is_reflective(response)
+    reflection_patterns(response)
 
 
 @sizes(slow=20_000)

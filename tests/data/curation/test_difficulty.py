@@ -17,8 +17,8 @@ from megatron_orz.data.curation.stage import Candidate, Verdict
 from megatron_orz.data.curation.store import Store
 from megatron_orz.data.synthetic import build_tokenizer
 from megatron_orz.ranks import Ranks
-from megatron_orz.rewards.grading import MathGrader
-from megatron_orz.rewards.math_answer import Verifier
+from megatron_orz.rewards.grading import ResponseGrader
+from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import open_fleet
 from tests.data.curation.rows import candidates, ignore, reasons
 from tests.engine import tiny
@@ -134,9 +134,9 @@ def test_a_real_model_is_sampled_and_graded(tmp_path: Path) -> None:
     def open_sampler() -> Iterator[Sampler]:
         with (
             open_fleet(fleet_config, sampling, model_config(tmp_path / "hf"), run_dir=tmp_path) as fleet,
-            Verifier(timeout_s=60) as verifier,
+            AnswerVerifier(timeout_s=60) as verifier,
         ):
-            yield fleet_sampler(settings, tokenizer, fleet, MathGrader(verifier, tokenizer, Ranks()))
+            yield fleet_sampler(settings, tokenizer, fleet, ResponseGrader(verifier, tokenizer, Ranks()))
 
     rows = candidates([(right, "3"), ("a problem of many tokens", "1"), (wrong, "7"), (mixed, "10")])
     done: list[int] = []
