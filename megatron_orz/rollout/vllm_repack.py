@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm._custom_ops import cpu_prepack_moe_weight
-from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.platforms import current_platform
 
 _UNIT_ROWS = 256
 """Columns of a packed weight that are read at once."""
@@ -52,6 +52,10 @@ def held_columns(module: torch.nn.Module, name: str, num_columns: int) -> Iterat
 
 def _packed_experts(module: torch.nn.Module) -> Any:
     """The experts' kernel of a layer that keeps their weights packed, or None."""
+    if not current_platform.is_cpu():
+        return None
+    from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts  # not of builds for GPUs
+
     kernel = getattr(getattr(module, "quant_method", None), "moe_kernel", None)
     experts = getattr(kernel, "fused_experts", None)
     return experts if isinstance(experts, CPUUnquantizedExperts) and not experts._use_zentorch else None
