@@ -17,6 +17,8 @@ from megatron_orz.types import LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
+TransportKind: TypeAlias = Literal["auto", "ipc", "nccl", "gloo", "disk"]
+Verification: TypeAlias = Literal["sampled", "full", "off"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
@@ -275,6 +277,12 @@ class FleetConfig:
     """A server that has requests but computes no token for this long is started anew."""
     update_timeout_s: float = 300.0
     """Deadline of one weight update."""
+    transport: TransportKind = "auto"
+    """How weights reach the servers: `ipc` (shared memory, one machine), `nccl`, `gloo`, or `disk` (a folder all see);
+    `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs."""
+    verification: Verification = "sampled"
+    """What of each weight update is read back from the servers and compared: `sampled` is all tensors at first, then
+    every sixteenth in turn; `full` is always all."""
     max_batch_rollouts: int = 512
     """Rollouts decoded together by the `local` fleet."""
 

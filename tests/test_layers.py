@@ -18,7 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "command_line": set(),
     "ops": {"types", "_C"},
     "algorithms": {"types", "ops"},
-    "benchmark": {"ops"},
+    "benchmark": {"config", "ops", "rollout"},
     "data": {"types", "config"},
     "rewards": {"types", "config", "ranks"},
     "logs": {"types", "config"},

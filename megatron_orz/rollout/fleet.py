@@ -41,6 +41,7 @@ def open_fleet(
                 yield LocalFleet(model, sampling, ranks=ranks, max_batch_rollouts=fleet.max_batch_rollouts)
             case kind:
                 group = None
+                connect = weight_sender(kind, fleet, model, run_dir=run_dir)
                 with ranks.share_fate("starting the servers"):
                     if ranks.rank == 0:
                         group = stack.enter_context(
@@ -48,7 +49,7 @@ def open_fleet(
                                 server_runs(kind, fleet, model, run_dir=run_dir),
                                 sampling,
                                 fleet,
-                                connect=weight_sender(kind, fleet, model, run_dir=run_dir),
+                                connect=connect,
                                 on_wait=on_wait,
                             )
                         )

@@ -1,55 +1,67 @@
-"""The gloo transport, the trainer's half: buckets through the CPU's memory, wherever the models live."""
+"""The gloo transport: a broadcast over sockets through the CPU's memory, wherever the models live."""
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-import torch.distributed as dist
+import torch
+from torch import Tensor
 
-from megatron_orz.rollout import gloo
-from megatron_orz.rollout.transport import Bucket
+from megatron_orz.rollout.buckets import Bucket, num_payload_bytes, read_bucket
+from megatron_orz.rollout.meeting import Meeting
+from megatron_orz.rollout.process_group import TRAINER_RANK, join_group
 
 
 class GlooTransport:
-    """A broadcast from the trainer to the workers of one server on this machine.
+    """The trainer's half."""
 
-    timeout_s: deadline of every single wait.
-    """
+    name = "gloo"
 
-    server_arguments: tuple[str, ...] = (
-        *("--worker-extension-cls", "megatron_orz.rollout.vllm_worker.WorkerExtension"),
-        *("--weight-transfer-config", json.dumps({"backend": "gloo"})),
-    )
+    def __init__(self) -> None:
+        self._group: Any = None
+        self._buffers: dict[int, Tensor] = {}
+        self._sends: dict[int, Any] = {}
 
-    def __init__(self, *, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._store: dist.TCPStore | None = None
-        self._group: dist.ProcessGroupGloo | None = None
-        self._world_size = 0
-
-    def init_info(self, num_workers: int) -> dict[str, Any]:
-        """Opens the meeting point."""
-        self._world_size = gloo.FIRST_WORKER_RANK + num_workers
-        self._store = gloo.listen(world_size=self._world_size, timeout_s=self._timeout_s)
-        return {"port": self._store.port, "world_size": self._world_size, "timeout_s": self._timeout_s}
-
-    def connect(self) -> None:
+    def connect(self, meeting: Meeting) -> None:
         """Joins the group as its first rank."""
-        assert self._store is not None, "init_info comes first"
-        self._group = gloo.join(
-            self._store, rank=gloo.TRAINER_RANK, world_size=self._world_size, timeout_s=self._timeout_s
-        )
+        self._group = join_group("gloo", meeting, TRAINER_RANK)
 
-    def update_info(self, bucket: Bucket) -> dict[str, Any]:
-        """Names, shapes and the type; the sizes follow from them."""
-        return {"names": bucket.names, "shapes": bucket.shapes, "dtype": str(bucket.dtype).removeprefix("torch.")}
+    def buffer(self, slot: int, num_bytes: int) -> Tensor:
+        """Memory of the CPU, pinned where there are GPUs."""
+        if (send := self._sends.pop(slot, None)) is not None:
+            send.wait()
+        if slot not in self._buffers or len(self._buffers[slot]) < num_bytes:
+            self._buffers[slot] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        return self._buffers[slot]
 
-    def send(self, bucket: Bucket) -> None:
-        """Broadcasts the bytes."""
+    def send(self, bucket: Bucket, slot: int) -> dict[str, Any]:
+        """Begins to broadcast the bytes."""
         assert self._group is not None, "connect comes first"
-        gloo.broadcast(self._group, bucket.payload)
+        self._sends[slot] = self._group.broadcast(bucket.payload, TRAINER_RANK)
+        return {}
 
     def close(self) -> None:
-        """Drops the group and the meeting point."""
-        self._group = self._store = None
+        """Gives the buffers back. The group stays: taking it down waits for a broadcast that will never end."""
+        self._buffers.clear()
+
+
+class GlooReceiver:
+    """A worker's half."""
+
+    def __init__(self, meeting: Meeting, rank: int, device: torch.device) -> None:
+        self._group = join_group("gloo", meeting, rank)
+        self._device = device
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def receive(self, message: dict[str, Any]) -> list[tuple[str, Tensor]]:
+        """Receives the bytes, into the same memory every time, and brings them to the device."""
+        num_bytes = num_payload_bytes(message)
+        if len(self._buffer) < num_bytes:
+            self._buffer = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        payload = self._buffer[:num_bytes]
+        self._group.broadcast(payload, TRAINER_RANK).wait()
+        return read_bucket(message, payload.to(self._device)).tensors()
+
+    def close(self) -> None:
+        """Leaves the group."""
+        self._group = None

@@ -9,7 +9,6 @@ from typing import Literal, TypeAlias
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.client import ServerClient
-from megatron_orz.rollout.gloo_transport import GlooTransport
 from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import Sender
 from megatron_orz.rollout.servers import InferenceServer, Launch
@@ -17,6 +16,7 @@ from megatron_orz.rollout.sglang_client import SGLangClient
 from megatron_orz.rollout.sglang_sender import SGLangSender
 from megatron_orz.rollout.sglang_server import sglang_launch
 from megatron_orz.rollout.transport import WeightSender
+from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport, choose_transport
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
 
@@ -40,12 +40,12 @@ def server_runs(
 def weight_sender(
     kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path
 ) -> Callable[[Sequence[ServerClient]], Sender]:
-    """What joins the trainer and some servers for weight updates."""
+    """What joins the trainer and some servers for weight updates. Raises ValueError for a transport that cannot be."""
+    folder = run_dir / "weights"
     if kind == "sglang":
-        return partial(
-            SGLangSender, model_path=model.path, folder=run_dir / "weights", timeout_s=fleet.update_timeout_s
-        )
-    return partial(_connect_vllm, timeout_s=fleet.update_timeout_s)
+        return partial(SGLangSender, model_path=model.path, folder=folder, timeout_s=fleet.update_timeout_s)
+    choose_transport(fleet)
+    return partial(_connect_vllm, fleet=fleet, folder=folder)
 
 
 def _find(kind: ServerKind, url: str, fleet: FleetConfig, num_restarts: int) -> Running:
@@ -73,7 +73,7 @@ def _start(
 def _launch(kind: ServerKind, index: int, fleet: FleetConfig, model: ModelConfig) -> Launch:
     if kind == "sglang":
         return sglang_launch(model, fleet, index=index)
-    return vllm_launch(model, fleet, index=index, transfer_arguments=GlooTransport.server_arguments)
+    return vllm_launch(model, fleet, index=index, transfer_arguments=SERVER_ARGUMENTS)
 
 
 def _client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
@@ -81,8 +81,14 @@ def _client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
     return client(url, request_timeout_s=fleet.request_timeout_s)
 
 
-def _connect_vllm(clients: Sequence[VLLMClient], *, timeout_s: float) -> WeightSender:
-    sender = WeightSender(clients, GlooTransport(timeout_s=timeout_s), timeout_s=timeout_s)
+def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, folder: Path) -> WeightSender:
+    """folder: of weights on their way over the disk."""
+    sender = WeightSender(
+        clients,
+        build_transport(choose_transport(fleet), folder=folder),
+        timeout_s=fleet.update_timeout_s,
+        verification=fleet.verification,
+    )
     try:
         sender.connect()
     except RuntimeError:

@@ -38,6 +38,10 @@ class Sender(Protocol):
         """All servers hold the weights of `version` afterwards, or none is of use any more: raises RuntimeError."""
         ...
 
+    def metrics(self) -> Metrics:
+        """Of the last update."""
+        ...
+
     def close(self) -> None:
         """Leaves the servers."""
         ...
@@ -142,8 +146,8 @@ class ServerGroup:
             self._portal.call(self._has_memory.set)
 
     def metrics(self) -> Metrics:
-        """What happened to the servers since the run began."""
-        return {
+        """What happened to the servers since the run began, and the last weight update."""
+        return (self._sender[1].metrics() if self._sender is not None else {}) | {
             "fleet/servers_up": float(sum(replica.is_up for replica in self._replicas)),
             "fleet/restarts": float(sum(replica.num_restarts for replica in self._replicas)),
             "fleet/retried_requests": float(self._router.num_retries),

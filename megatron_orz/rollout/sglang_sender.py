@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.sglang_client import SGLangClient
-from megatron_orz.types import NamedWeights
+from megatron_orz.types import Metrics, NamedWeights
 
 MAX_SHARD_BYTES = 2 * 2**30
 _COMPANIONS = ("config.json", "generation_config.json")
@@ -32,13 +33,16 @@ class SGLangSender:
         self._model_path = model_path
         self._folder = folder
         self._timeout_s = timeout_s
+        self._metrics: Metrics = {}
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; raises ServerError when one of them did not take them."""
+        start = time.perf_counter()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=f"weights-{version}-") as directory:
                 _write(weights, Path(directory), companions_of=self._model_path)
+                written = time.perf_counter()
                 with ThreadPoolExecutor(len(self._clients), "weights") as threads:
                     loads = [
                         threads.submit(client.load, str(Path(directory).resolve()), version, timeout_s=self._timeout_s)
@@ -48,6 +52,11 @@ class SGLangSender:
                         load.result()
         except OSError as error:
             raise ServerError(f"cannot write the weights to {self._folder}: {error}; free some space") from error
+        self._metrics = {"sync/write_s": written - start, "sync/load_s": time.perf_counter() - written}
+
+    def metrics(self) -> Metrics:
+        """Seconds of the last update: writing the weights, then loading them."""
+        return self._metrics
 
     def close(self) -> None:
         """Nothing stays open between updates."""

@@ -1,78 +1,50 @@
-"""How new weights reach a live server: in buckets, over a transport, in the order of vLLM's update protocol."""
+"""How new weights reach live servers: in buckets, over a transport, in the order of vLLM's update protocol.
+
+    trainer   fill a bucket (gather, convert, copy) -> send -> announce   | two buckets in turn: one is filled while
+    worker    hear -> receive -> load -> release                          | the other is under way or being loaded
+
+The two halves of a transport, and the meeting where they keep step, know nothing of vLLM.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_orz.config import Verification
+from megatron_orz.rollout.buckets import Bucket, fill_buckets
+from megatron_orz.rollout.meeting import Meeting, meeting_address
 from megatron_orz.rollout.servers import ServerError
-from megatron_orz.rollout.vllm_client import VLLMClient
-from megatron_orz.types import NamedWeights
+from megatron_orz.rollout.verification import SentDigests
+from megatron_orz.types import Metrics, NamedWeights
 
 BUCKET_BYTES = 64 * 2**20
+NUM_SLOTS = 2
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bucket:
-    """Tensors of one type, laid end to end."""
+class Transport(Protocol):
+    """The trainer's half: moves buckets to all workers of all servers."""
 
-    names: list[str]
-    shapes: list[list[int]]
-    dtype: torch.dtype
-    payload: Tensor  # [bytes] uint8 on the CPU; valid until the next bucket is asked for
+    name: str
+    """What the workers know it by."""
 
-
-def buckets(weights: NamedWeights, capacity_bytes: int) -> Iterator[Bucket]:
-    """Fills one buffer again and again; a tensor larger than `capacity_bytes` gets a bucket of its own."""
-    buffer = torch.empty(capacity_bytes, dtype=torch.uint8)
-    names: list[str] = []
-    shapes: list[list[int]] = []
-    dtype, used = torch.uint8, 0
-    for name, weight in weights:
-        end = used + weight.nbytes
-        if names and (weight.dtype != dtype or end > capacity_bytes):
-            yield Bucket(names=names, shapes=shapes, dtype=dtype, payload=buffer[:used])
-            names, shapes, used, end = [], [], 0, weight.nbytes
-        if end > len(buffer):
-            buffer = torch.empty(end, dtype=torch.uint8)
-        buffer[used:end].view(weight.dtype).view(weight.shape).copy_(weight)
-        names.append(name)
-        shapes.append(list(weight.shape))
-        dtype, used = weight.dtype, end
-    if names:
-        yield Bucket(names=names, shapes=shapes, dtype=dtype, payload=buffer[:used])
-
-
-class WeightTransport(Protocol):
-    """Moves buckets from the trainer into a server's workers. Each side runs its half of `connect` and `send` at once.
-
-    The workers' half is a backend of vLLM's, chosen by `server_arguments`.
-    """
-
-    server_arguments: tuple[str, ...]
-
-    def init_info(self, num_workers: int) -> dict[str, Any]:
-        """What the workers need to connect."""
+    def connect(self, meeting: Meeting) -> None:
+        """Joins the workers, which do the same at this moment."""
         ...
 
-    def connect(self) -> None:
-        """The trainer's half of connecting, after `init_info`."""
+    def buffer(self, slot: int, num_bytes: int) -> Tensor:
+        """Memory for a bucket, [at least num_bytes] uint8. What was sent from this slot before has been released."""
         ...
 
-    def update_info(self, bucket: Bucket) -> dict[str, Any]:
-        """What the workers need to receive a bucket."""
-        ...
-
-    def send(self, bucket: Bucket) -> None:
-        """The trainer's half of moving a bucket."""
+    def send(self, bucket: Bucket, slot: int) -> dict[str, Any]:
+        """Begins to move a bucket that lies in the buffer of `slot`. Returns what the workers need to find it; JSON."""
         ...
 
     def close(self) -> None:
@@ -80,79 +52,201 @@ class WeightTransport(Protocol):
         ...
 
 
+class Client(Protocol):
+    """Talks to one server, by vLLM's requests."""
+
+    url: str
+
+    def get(self, path: str, *, timeout_s: float = ...) -> dict[str, Any]: ...
+
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        timeout_s: float = ...,
+    ) -> dict[str, Any]: ...
+
+
 class WeightSender:
-    """Updates servers over one transport: one broadcast reaches all of them.
+    """Updates servers over one transport: one send reaches all of them.
 
     timeout_s: deadline of connecting, and of one whole update.
+    dtype: of the weights on the way, which is the servers'; None sends them as they are.
     """
 
-    def __init__(self, clients: Sequence[VLLMClient], transport: WeightTransport, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        transport: Transport,
+        *,
+        timeout_s: float,
+        dtype: torch.dtype | None = None,
+        verification: Verification = "sampled",
+    ) -> None:
         self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
-        self._halves = ThreadPoolExecutor(len(clients) + 1, "weights")
+        self._dtype = dtype
+        self._verification = verification
+        self._posts = ThreadPoolExecutor(len(clients), "weights")
+        self._meeting: Meeting | None = None
+        self._metrics: Metrics = {}
+        self._num_messages = 0
+        self._num_updates = 0
 
     def connect(self) -> None:
         """Joins the trainer and the workers of every server, which are numbered in the order of the clients."""
+        deadline = _Deadline(self._timeout_s)
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
-        init_info = self._transport.init_info(sum(sizes))
-        joins = [
-            partial(
+        address = meeting_address([client.url for client in self._clients])
+        self._meeting = Meeting.host(address, num_workers=sum(sizes), timeout_s=self._timeout_s)
+        offer = {
+            "transport": self._transport.name,
+            "address": address,
+            "port": self._meeting.store.port,
+            "num_workers": sum(sizes),
+            "timeout_s": self._timeout_s,
+        }
+        joining: list[Future[Any]] = [
+            self._posts.submit(
                 client.post,
                 "/init_weight_transfer_engine",
-                {"init_info": {**init_info, "first_rank": first_rank}},
-                timeout_s=self._timeout_s,
+                {"init_info": {**offer, "first_rank": first_rank}},
+                timeout_s=deadline.remaining_s(),
             )
             for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
         ]
-        self._exchange(joins, self._transport.connect)
+        # On another thread, so that a server's error is seen at once; the transport's own deadline ends it.
+        with ThreadPoolExecutor(1, "connect") as alone:
+            joining.append(alone.submit(self._transport.connect, self._meeting))
+            _first_error(joining)
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; their later rollouts are of `version`.
 
-        Raises ServerError or RuntimeError; the servers then hold neither the old nor the new weights.
+        Raises ServerError, WeightMismatch or RuntimeError; the servers then hold neither the old nor the new weights.
         """
-        deadline = time.monotonic() + self._timeout_s
-
-        def posts(path: str, body: dict[str, Any] | None = None, **query: str) -> list[Callable[[], dict[str, Any]]]:
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0:
-                raise ServerError(
-                    f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
-                )
-            return [partial(client.post, path, body, query=query, timeout_s=remaining_s) for client in self._clients]
-
-        def post(path: str, body: dict[str, Any] | None = None, **query: str) -> list[dict[str, Any]]:
-            return [half.result() for half in self._started(posts(path, body, **query))]
-
-        # The caches are cleared once, below, where it is seen whether that worked.
-        post("/pause", mode="keep", clear_cache="false")
+        started = time.perf_counter()
+        post = partial(self._post_all, _Deadline(self._timeout_s))
+        digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
+        post("/pause", query={"mode": "keep", "clear_cache": "false"})
         post("/start_weight_update")
-        for bucket in buckets(weights, BUCKET_BYTES):
-            update_info = self._transport.update_info(bucket)
-            self._exchange(
-                posts("/update_weights", {"update_info": update_info}), partial(self._transport.send, bucket)
-            )
-        post("/finish_weight_update", {"weight_version": str(version)})
+        moved = self._stream(digests.watch(weights), _Deadline(self._timeout_s))
+        post("/finish_weight_update")
+        sent = time.perf_counter()
+        if digests.names:
+            held = post("/collective_rpc", {"method": "weight_digests", "args": [digests.names]})
+            for client, answer in zip(self._clients, held, strict=True):
+                digests.compare(answer["results"], client.url)
+        verified = time.perf_counter()
         # An update leaves the cached keys and values of the old weights in place.
         if not all(answer["success"] for answer in post("/reset_prefix_cache")):
             raise ServerError("a server could not reset its prefix cache: requests still hold parts of it")
+        post("/update_weight_version", {"new_version": str(version)})
         post("/resume")
+        self._num_updates += 1
+        self._metrics = moved | {
+            "sync/send_s": sent - started,
+            "sync/verify_s": verified - sent,
+            "sync/verified_tensors": float(len(digests.names)),
+        }
+
+    def metrics(self) -> Metrics:
+        """Of the last update: bytes on the way, seconds until they were loaded, how many of those the trainer only
+        waited for workers, and seconds of verification, in which the trainer's own digests are not."""
+        return self._metrics
 
     def close(self) -> None:
         """Leaves the workers."""
         self._transport.close()
-        self._halves.shutdown(wait=False, cancel_futures=True)
+        self._meeting = None
+        self._posts.shutdown(wait=False, cancel_futures=True)
 
-    def _exchange(self, server_halves: Sequence[Callable[[], object]], trainer_half: Callable[[], object]) -> None:
-        """Runs all halves at once. The first error is raised without waiting for the other halves, which cannot end
-        well alone; their own deadline ends them, or the end of the server."""
-        self._started([*server_halves, trainer_half])
+    def _stream(self, weights: NamedWeights, deadline: _Deadline) -> Metrics:
+        """Moves the weights while every server is in its call that receives and loads them."""
+        assert self._meeting is not None, "connect comes first"
+        meeting, transport = self._meeting, self._transport
+        body = {"update_info": {"first_message": self._num_messages}}
+        loading = [
+            self._posts.submit(client.post, "/update_weights", body, timeout_s=deadline.remaining_s())
+            for client in self._clients
+        ]
 
-    def _started(self, halves: Sequence[Callable[[], Any]]) -> list[Future[Any]]:
-        futures = [self._halves.submit(half) for half in halves]
-        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-        for future in futures:
-            if future in done:
-                future.result()
-        return futures
+        def check() -> None:
+            deadline.remaining_s()
+            for future in loading:
+                if future.done():
+                    future.result()
+                    raise ServerError("a server ended a weight update before all weights were sent")
+
+        num_bytes, wait_s = 0, 0.0
+        in_slot: list[int | None] = [None] * NUM_SLOTS
+        slots: Iterator[int] = (index % NUM_SLOTS for index in count())
+        slot = next(slots)
+
+        def buffer(least_bytes: int) -> Tensor:
+            nonlocal wait_s
+            if (number := in_slot[slot]) is not None:
+                begin = time.perf_counter()
+                meeting.wait_until_released(number, check)
+                wait_s += time.perf_counter() - begin
+                in_slot[slot] = None
+            return transport.buffer(slot, least_bytes)
+
+        for bucket in fill_buckets(weights, BUCKET_BYTES, buffer, dtype=self._dtype):
+            check()
+            num_bytes += bucket.payload.nbytes
+            place = transport.send(bucket, slot)
+            in_slot[slot] = self._announce(bucket.header | place)
+            slot = next(slots)
+        end = self._announce({"names": []})
+        begin = time.perf_counter()
+        _first_error(loading)
+        wait_s += time.perf_counter() - begin
+        for number in [*in_slot, end]:
+            if number is not None:
+                meeting.wait_until_released(number, deadline.remaining_s)
+        return {"sync/gib": num_bytes / 2**30, "sync/wait_s": wait_s}
+
+    def _announce(self, message: dict[str, Any]) -> int:
+        assert self._meeting is not None
+        number = self._num_messages
+        self._meeting.announce(number, message)
+        self._num_messages += 1
+        return number
+
+    def _post_all(
+        self, deadline: _Deadline, path: str, body: dict[str, Any] | None = None, *, query: dict[str, str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The answers of all servers, asked at once."""
+        posts = [
+            self._posts.submit(client.post, path, body, query=query, timeout_s=deadline.remaining_s())
+            for client in self._clients
+        ]
+        _first_error(posts)
+        return [post.result() for post in posts]
+
+
+class _Deadline:
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._end = time.monotonic() + timeout_s
+
+    def remaining_s(self) -> float:
+        """Raises ServerError when there is no time left."""
+        remaining_s = self._end - time.monotonic()
+        if remaining_s <= 0:
+            raise ServerError(
+                f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
+            )
+        return remaining_s
+
+
+def _first_error(futures: Sequence[Future[Any]]) -> None:
+    """Waits for all of them; raises the first error without waiting for the others, whose own deadlines end them."""
+    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+    for future in futures:
+        if future in done:
+            future.result()

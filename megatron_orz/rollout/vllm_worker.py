@@ -1,18 +1,17 @@
-"""The workers' half of the gloo transport. vLLM imports this module in every worker, before the model is loaded,
-because `--worker-extension-cls` names a class in it; nothing of the trainer is imported here.
+"""The workers' half of a weight update. vLLM imports this module in every worker, before the model is loaded, because
+`--worker-extension-cls` names a class in it; nothing of the trainer is imported here.
 """
 
 from __future__ import annotations
 
 import ctypes
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from math import prod
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -20,103 +19,101 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_orz.rollout import gloo
+from megatron_orz.rollout.receiving import Offer, WeightReceiver
+from megatron_orz.rollout.vllm_held import HeldWeights
 from megatron_orz.rollout.vllm_tied_head import repack_output_head
 
 
 class WorkerExtension:
-    """Adds nothing to the worker: naming it makes vLLM import this module, which registers the backend below."""
+    """What `/collective_rpc` can call; naming the class also makes vLLM import this module."""
+
+    weight_transfer_engine: BucketWeightTransferEngine
+
+    def weight_digests(self, names: list[str]) -> dict[str, list[dict[str, Any]]]:
+        """What the worker's model holds of each Hugging Face tensor: see `HeldWeights.digests`."""
+        return self.weight_transfer_engine.held.digests(names)
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
+class InitInfo(Offer, WeightTransferInitInfo):
     """Where the trainer waits."""
 
-    port: int
-    world_size: int
-    timeout_s: float
-    first_rank: int
-    """Of this server's workers in the group."""
-
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """The tensors of one bucket, in the order of its bytes."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Where in the trainer's announcements the update begins."""
 
-    names: list[str]
-    shapes: list[list[int]]
-    dtype: str
+    first_message: int
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Receives Hugging Face weights bucket by bucket and loads them layer by layer, as from a checkpoint."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._group: dist.ProcessGroupGloo | None = None
-        self._pending: set[str] = set()  # parameters the current update has not brought yet
+        self.held = HeldWeights(self.model)
+        self._receiver: WeightReceiver | None = None
+        self._needed: Sequence[tuple[torch.nn.Module, str]] = ()
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Joins the trainer's group."""
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Joins the trainer."""
+        self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        store = dist.TCPStore(
-            "127.0.0.1",
-            init_info.port,
-            init_info.world_size,
-            is_master=False,
-            timeout=timedelta(seconds=init_info.timeout_s),
-        )
-        self._group = gloo.join(
-            store,
-            rank=init_info.first_rank + worker,
-            world_size=init_info.world_size,
-            timeout_s=init_info.timeout_s,
-        )
+        self._receiver = WeightReceiver(init_info, worker, self.device)
 
     def start_weight_update(self) -> None:
         """Makes every layer ready to be loaded anew: the kernels keep repacked weights, which cannot be overwritten."""
-        self._pending = {name for name, _ in self.model.named_parameters()}
+        modules = dict(self.model.named_modules())
+        paths = [name.rpartition(".") for name, _ in self.model.named_parameters()]
+        self._needed = [(modules[module], name) for module, _, name in paths]
         initialize_layerwise_reload(self.model)
+        self.held.start()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receives one bucket. The base class ends in an accelerator synchronisation, which a CPU does not have."""
+        """Receives and loads everything. The base class ends in an accelerator synchronisation, which a CPU lacks."""
         self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        """Receives the bytes and hands the tensors to the model's loader."""
-        if self._group is None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Hands every bucket to the model's loader."""
+        if self._receiver is None:
             raise RuntimeError("no connection to the trainer: /init_weight_transfer_engine comes first")
-        dtype: torch.dtype = getattr(torch, update_info.dtype)
-        sizes = [prod(shape) for shape in update_info.shapes]
-        # A fresh buffer for every bucket: the loader keeps views of it until their layer is complete, which may be
-        # buckets later.
-        payload = torch.empty(sum(sizes) * dtype.itemsize, dtype=torch.uint8)
-        gloo.broadcast(self._group, payload)
-        tensors = payload.view(dtype).to(self.device).split(sizes)
-        loaded = self.model.load_weights(
-            (name, tensor.view(shape))
-            for name, tensor, shape in zip(update_info.names, tensors, update_info.shapes, strict=True)
-        )
-        self._pending -= loaded
+        for tensors in self._receiver.buckets(update_info.first_message):
+            with self.held.seen(tensors):
+                self.model.load_weights(iter(tensors))
+            _keep_unfinished(self.model)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
 
     def finish_weight_update(self) -> None:
         """Completes the last layers. Raises when parameters got no new weight, which vLLM only warns of."""
-        if self._pending:
-            raise RuntimeError(f"{len(self._pending)} parameters got no new weight, among them {min(self._pending)}")
+        self.held.finish(self._needed)
         finalize_layerwise_reload(self.model, self.model_config)
         repack_output_head(self.model)
 
     def shutdown(self) -> None:
-        """Leaves the group."""
-        self._group = None
+        """Leaves the trainer."""
+        if self._receiver is not None:
+            self._receiver.close()
+        self._receiver = None
+
+
+def _keep_unfinished(model: torch.nn.Module) -> None:
+    """Copies what the loader still waits to load out of the bucket, whose memory is used again.
+
+    A layer is loaded when all its tensors are there, which may be buckets later.
+    """
+    for module in model.modules():
+        for _, call in get_layerwise_info(module).loaded_weights:
+            for name, value in call.arguments.items():
+                if isinstance(value, Tensor) and name != "param":
+                    call.arguments[name] = value.clone()
 
 
 def _die_with_parent() -> None:
@@ -130,4 +127,4 @@ def _die_with_parent() -> None:
 
 
 _die_with_parent()
-WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
+WeightTransferEngineFactory.register_engine("megatron_orz", BucketWeightTransferEngine)

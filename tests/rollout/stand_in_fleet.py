@@ -23,7 +23,7 @@ from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.server_group import ServerGroup, open_group
 from megatron_orz.rollout.servers import InferenceServer, Launch, free_port
 from megatron_orz.rollout.vllm_client import VLLMClient
-from megatron_orz.types import NamedWeights, Prompt, RepeatableWeights, Rollout
+from megatron_orz.types import Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
 from tests.rollout import stand_in
 
 SAMPLING = SamplingConfig(max_response_tokens=8, temperature=0.5, stop=("end",))
@@ -40,6 +40,9 @@ class VersionSender:
             pass
         for client in self._clients:
             client.set_version(version)
+
+    def metrics(self) -> Metrics:
+        return {}
 
     def close(self) -> None:
         pass

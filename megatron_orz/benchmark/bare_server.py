@@ -1,0 +1,109 @@
+"""A server without a model: it receives weights as a real one's worker does, and drops them."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from threading import Lock
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from megatron_orz.rollout.digests import Block, as_matrix, digest
+from megatron_orz.rollout.receiving import Offer, WeightReceiver
+
+
+class BareServer:
+    """A process with one worker, and the client of it, which answers the requests of a weight update; a context
+    manager that ends the process.
+
+    verifies: take digests of what is received, so that a sender can compare them.
+    """
+
+    url = "http://127.0.0.1"
+
+    def __init__(self, *, verifies: bool = False) -> None:
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._turn = Lock()
+        self._num_requests = 0
+        self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, verifies), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def get(self, path: str, *, timeout_s: float = 60.0) -> dict[str, Any]:
+        """The one thing that is asked: the number of workers."""
+        assert path == "/get_world_size"
+        return {"world_size": 1}
+
+    def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        query: Mapping[str, str] | None = None,
+        timeout_s: float = 60.0,
+    ) -> dict[str, Any]:
+        """Raises RuntimeError with what went wrong in the process, EOFError when it has died."""
+        with self._turn:
+            self._num_requests += 1
+            self._pipe.send((self._num_requests, path, body))
+            number = 0
+            while number != self._num_requests:  # answers to requests that took too long come first
+                if not self._pipe.poll(timeout_s):
+                    raise TimeoutError(f"{path} took longer than {timeout_s:g} s")
+                number, answer = self._pipe.recv()
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return dict(answer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.join()
+        self._pipe.close()
+
+
+def _serve(pipe: Connection, verifies: bool) -> None:
+    torch.set_num_threads(1)
+    server = _Server(verifies)
+    while True:
+        try:
+            number, path, body = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = server.answer(path, body or {})
+        except Exception as error:  # whatever it is, the other side has to learn of it
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        pipe.send((number, answer))
+
+
+class _Server:
+    def __init__(self, verifies: bool) -> None:
+        self._verifies = verifies
+        self._receiver: WeightReceiver | None = None
+        self._held: dict[str, dict[str, Any]] = {}
+
+    def answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        match path:
+            case "/init_weight_transfer_engine":
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                self._receiver = WeightReceiver(Offer(**body["init_info"]), 0, device)
+            case "/update_weights":
+                self._receive(body["update_info"]["first_message"])
+            case "/collective_rpc":
+                return {"results": [{name: [self._held[name]] for name in body["args"][0]}]}
+        return {"success": True}
+
+    def _receive(self, first_message: int) -> None:
+        assert self._receiver is not None
+        for tensors in self._receiver.buckets(first_message):
+            for name, tensor in tensors if self._verifies else ():
+                matrix = as_matrix(tensor)
+                self._held[name] = {"block": Block(0, 0, *matrix.shape), "digest": digest(matrix), "place": name}

@@ -1,0 +1,219 @@
+"""Benchmarks the weight exchange: seconds and bytes per second of every transport, beside plain copies and the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from megatron_orz.benchmark import environment
+from megatron_orz.benchmark.bare_server import BareServer
+from megatron_orz.benchmark.measure import Run, interleaved_times
+from megatron_orz.config import TransportKind
+from megatron_orz.rollout.transport import WeightSender
+from megatron_orz.rollout.transports import build_transport
+
+Model = Literal["smollm2", "0.5b", "1.5b", "7b"]
+
+MEMCPY, DISK = "memcpy", "disk write and read"
+TIMEOUT_S = 600.0
+SHARE_OF_MEMCPY = 0.6
+"""Target of the fastest transport on a CPU."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer with a gated MLP and tied embeddings."""
+
+    num_layers: int
+    hidden: int
+    ffn: int
+    kv: int
+    vocab: int
+
+
+SHAPES: dict[Model, Shape] = {
+    "smollm2": Shape(30, 576, 1536, 192, 49152),
+    "0.5b": Shape(24, 896, 4864, 128, 151936),
+    "1.5b": Shape(28, 1536, 8960, 256, 151936),
+    "7b": Shape(28, 3584, 18944, 512, 152064),
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Times whole weight updates into servers that receive and drop the weights: what remains of an update when the
+    servers load at once. The trainer's half and the workers' half are those of a run."""
+
+    model: tuple[Model, ...] = ("smollm2",)
+    """Whose weights are sent; random ones of the same shapes."""
+    transport: tuple[TransportKind, ...] = ()
+    """By default all that this machine has."""
+    num_servers: int = 1
+    """Servers that one send reaches."""
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the weights are."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the trainer."""
+    wire_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the weights on the way; as they are by default."""
+    repeats: int = 5
+    """Timed updates of each transport."""
+    folder: Path | None = None
+    """Of the disk transport; a temporary one by default."""
+    output: Path | None = None
+    """Where the figures go; by default bench/results/<device>-sync.json."""
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but there is none; use --device cpu")
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; at least 1 update must be timed")
+        if self.num_servers < 1:
+            raise ValueError(f"num_servers is {self.num_servers}; give at least 1")
+        if "auto" in self.transport:
+            raise ValueError("transport has auto, which is one of the others; name those to time")
+        if "nccl" in self.transport and not torch.cuda.is_available():
+            raise ValueError("transport has nccl, but there is no GPU; leave it out")
+
+    @property
+    def transports(self) -> tuple[TransportKind, ...]:
+        """What to time."""
+        with_gpu: tuple[TransportKind, ...] = ("nccl",) if self.device == "cuda" else ()
+        return self.transport or ("ipc", *with_gpu, "gloo", "disk")
+
+
+def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[tuple[str, Tensor]]:
+    """Random weights under Hugging Face names."""
+    s = shape
+    layer = {
+        "self_attn.q_proj": (s.hidden, s.hidden),
+        "self_attn.k_proj": (s.kv, s.hidden),
+        "self_attn.v_proj": (s.kv, s.hidden),
+        "self_attn.o_proj": (s.hidden, s.hidden),
+        "mlp.gate_proj": (s.ffn, s.hidden),
+        "mlp.up_proj": (s.ffn, s.hidden),
+        "mlp.down_proj": (s.hidden, s.ffn),
+        "input_layernorm": (s.hidden,),
+        "post_attention_layernorm": (s.hidden,),
+    }
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
+    for index in range(s.num_layers):
+        sizes |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
+    sizes["model.norm.weight"] = (s.hidden,)
+    return [(name, torch.randn(size, dtype=dtype, device=device)) for name, size in sizes.items()]
+
+
+def run(arguments: Arguments, console: Console | None = None) -> Path:
+    """Prints a table for each model; returns the path of the results file."""
+    console = console or Console()
+    device = torch.device(arguments.device)
+    results: dict[str, Any] = {
+        "environment": environment.describe(device),
+        "arguments": asdict(arguments),
+        "load_average": os.getloadavg(),
+        "models": [],
+    }
+    with Progress(
+        TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True
+    ) as progress:
+        for model in arguments.model:
+            task = progress.add_task(f"{model}: starting the servers, then timing", total=None)
+            weights = make_weights(SHAPES[model], getattr(torch, arguments.dtype), device)
+            times = measure(weights, arguments)
+            progress.remove_task(task)
+            num_bytes = sum(weight.nbytes for _, weight in weights)
+            console.print(table(model, times, num_bytes, arguments))
+            results["models"].append({"model": model, "num_bytes": num_bytes, "times_s": times})
+    results["load_average_after"] = os.getloadavg()
+    path = arguments.output or Path(
+        "bench", "results", f"{environment.slug(environment.device_name(device))}-sync.json"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    console.print(f"{path} has the figures")
+    return path
+
+
+def measure(weights: Sequence[tuple[str, Tensor]], arguments: Arguments) -> dict[str, list[float]]:
+    """Seconds of the updates over each transport, and of what they are compared with; all take turns."""
+    with ExitStack() as stack:
+        folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        runs: dict[str, Run] = {MEMCPY: _memcpy(weights)}
+        if "disk" in arguments.transports:
+            runs[DISK] = _disk(weights, folder / "raw")
+        kinds, num_servers = arguments.transports, arguments.num_servers
+        started = {kind: [stack.enter_context(BareServer()) for _ in range(num_servers)] for kind in kinds}
+        for kind, servers in started.items():
+            half = build_transport(kind, folder=folder)
+            dtype = getattr(torch, arguments.wire_dtype) if arguments.wire_dtype else None
+            sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, dtype=dtype, verification="off")
+            stack.enter_context(closing(sender))
+            sender.connect()
+            runs[kind] = partial(_send, sender, weights)
+        # Wall-clock time also on a GPU: an update is over when the servers say so.
+        return interleaved_times(runs, torch.device("cpu"), num_repeats=arguments.repeats)
+
+
+def table(model: str, times: Mapping[str, Sequence[float]], num_bytes: int, arguments: Arguments) -> Table:
+    """A line for each transport; the target below."""
+    shares = {name: min(times[MEMCPY]) / min(seconds) for name, seconds in times.items()}
+    best = max(shares[kind] for kind in arguments.transports)
+    caption = f"target, at least {SHARE_OF_MEMCPY:.0%} of {MEMCPY} on a CPU: {best:.0%}"
+    title = f"{model}, {num_bytes / 1e9:.2f} GB, {arguments.num_servers} server(s)"
+    result = Table(title=title, caption=caption if arguments.device == "cpu" else None, caption_justify="left")
+    result.add_column("")
+    for column in ("min s", "median s", "GB/s", f"of {MEMCPY}"):
+        result.add_column(column, justify="right")
+    for name, seconds in times.items():
+        speed = num_bytes / min(seconds) / 1e9
+        cells = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{speed:.2f}", f"{shares[name]:.0%}"]
+        result.add_row(name, *cells)
+    return result
+
+
+def _send(sender: WeightSender, weights: Sequence[tuple[str, Tensor]]) -> None:
+    sender.send(iter(weights), 0)
+
+
+def _memcpy(weights: Sequence[tuple[str, Tensor]]) -> Run:
+    """Copies every tensor once, into memory that exists."""
+    copies = [torch.zeros_like(weight) for _, weight in weights]
+
+    def copy() -> None:
+        for target, (_, weight) in zip(copies, weights, strict=True):
+            target.copy_(weight)
+        if copies[0].is_cuda:
+            torch.cuda.synchronize()
+
+    return copy
+
+
+def _disk(weights: Sequence[tuple[str, Tensor]], path: Path) -> Run:
+    """Writes all bytes into a file and reads them back, as far as the operating system's cache lets them wait."""
+    arrays = [weight.cpu().contiguous().view(torch.uint8).numpy() for _, weight in weights]
+    buffer = bytearray(max(array.nbytes for array in arrays))
+
+    def write_and_read() -> None:
+        with path.open("wb") as file:
+            for array in arrays:
+                file.write(array.data)
+        with path.open("rb") as file:
+            while file.readinto(buffer):
+                pass
+        path.unlink()
+
+    return write_and_read

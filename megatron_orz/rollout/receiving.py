@@ -1,0 +1,76 @@
+"""The workers' side of an update: from announcements to tensors. Nothing of vLLM, and nothing of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_orz.rollout.disk_transport import DiskReceiver
+from megatron_orz.rollout.gloo_transport import GlooReceiver
+from megatron_orz.rollout.ipc_transport import IPCReceiver
+from megatron_orz.rollout.meeting import Meeting
+from megatron_orz.rollout.nccl_transport import NCCLReceiver
+
+
+class Receiver(Protocol):
+    """The workers' half of a transport. Workers are ranked from 1; the trainer is 0."""
+
+    def receive(self, message: dict[str, Any]) -> list[tuple[str, Tensor]]:
+        """The tensors of an announced bucket, on the worker's device; valid until it is released."""
+        ...
+
+    def close(self) -> None:
+        """Leaves the trainer."""
+        ...
+
+
+RECEIVERS: Mapping[str, Callable[[Meeting, int, torch.device], Receiver]] = {
+    "gloo": GlooReceiver,
+    "nccl": NCCLReceiver,
+    "ipc": IPCReceiver,
+    "disk": DiskReceiver,
+}
+
+
+@dataclass
+class Offer:
+    """Where the trainer waits, and how weights will come."""
+
+    transport: str
+    address: str
+    port: int
+    first_rank: int
+    """Of the server's first worker."""
+    num_workers: int
+    """Of all servers."""
+    timeout_s: float
+
+
+class WeightReceiver:
+    """A worker's end of the connection to the trainer."""
+
+    def __init__(self, offer: Offer, worker: int, device: torch.device) -> None:
+        """Joins the trainer. worker: index within the server."""
+        self._meeting = Meeting.join(
+            offer.address, offer.port, num_workers=offer.num_workers, timeout_s=offer.timeout_s
+        )
+        self._half = RECEIVERS[offer.transport](self._meeting, offer.first_rank + worker, device)
+
+    def buckets(self, first_message: int) -> Iterator[list[tuple[str, Tensor]]]:
+        """The tensors of an update, bucket by bucket; those of a bucket are valid until the next one is asked for."""
+        for number in count(first_message):
+            message = self._meeting.hear(number)
+            if message["names"]:
+                yield self._half.receive(message)
+            self._meeting.release(number)
+            if not message["names"]:
+                return
+
+    def close(self) -> None:
+        """Leaves the trainer."""
+        self._half.close()

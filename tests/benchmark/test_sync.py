@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_orz.benchmark import sync
+from megatron_orz.benchmark.sync import Arguments, Shape
+
+
+def test_every_transport_is_timed_beside_memcpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sync.SHAPES, "smollm2", Shape(2, 64, 128, 32, 500))
+    written = io.StringIO()
+    output = sync.run(
+        Arguments(repeats=2, wire_dtype="bfloat16", device="cpu", output=tmp_path / "sync.json"), Console(file=written)
+    )
+    results = json.loads(output.read_text())
+    (model,) = results["models"]
+    assert set(model["times_s"]) == {"memcpy", "disk write and read", "ipc", "gloo", "disk"}
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in model["times_s"].values())
+    assert "target, at least 60% of memcpy" in written.getvalue()
+    assert {"load_average", "load_average_after", "environment"} <= results.keys()
+
+
+@pytest.mark.parametrize(("model", "millions"), [("smollm2", 134.5), ("0.5b", 494.0), ("1.5b", 1543.6)])
+def test_shapes_are_those_of_the_models(model: sync.Model, millions: float) -> None:
+    """Published numbers of parameters; biases, which are not there, are less than 0.05 %. 7b has an output weight of
+    its own."""
+    weights = sync.make_weights(sync.SHAPES[model], torch.float32, torch.device("meta"))
+    assert sum(weight.numel() for _, weight in weights) / 1e6 == pytest.approx(millions, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"repeats": 0}, "repeats is 0"),
+        ({"num_servers": 0}, "num_servers is 0"),
+        ({"transport": ("auto",)}, "transport has auto"),
+        ({"transport": ("nccl",)}, "there is no GPU"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(wrong: dict[str, object], message: str) -> None:
+    if "nccl" in wrong.get("transport", ()) and torch.cuda.is_available():  # type: ignore[operator]
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match=message):
+        Arguments(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,53 @@
+"""A worker extension with faults that can be planted in a running server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_orz.rollout import vllm_worker
+from megatron_orz.rollout.receiving import WeightReceiver
+from megatron_orz.rollout.vllm_held import _held_columns
+from megatron_orz.rollout.vllm_tied_head import repack_output_head
+
+Buckets = Callable[[WeightReceiver, int], Iterator[list[tuple[str, Tensor]]]]
+
+_BUCKETS: Buckets = WeightReceiver.buckets
+
+
+class FaultyExtension(vllm_worker.WorkerExtension):
+    def plant(self, fault: str) -> None:
+        """Takes effect with the next update, until the next call; "" plants nothing."""
+        engine = self.weight_transfer_engine
+        vllm_worker.repack_output_head = _do_nothing if fault == "stale head" else repack_output_head
+        engine.finish_weight_update = type(engine).finish_weight_update.__get__(engine)
+        WeightReceiver.buckets = _BUCKETS
+        if fault.startswith("lose "):
+            WeightReceiver.buckets = _losing(fault.removeprefix("lose "))
+        if fault.startswith("flip "):
+            engine.finish_weight_update = lambda: _finish_and_flip(engine, fault.removeprefix("flip "))
+
+
+def _do_nothing(model: torch.nn.Module) -> None: ...
+
+
+def _losing(lost: str) -> Buckets:
+    def buckets(self: WeightReceiver, first_message: int) -> Iterator[list[tuple[str, Tensor]]]:
+        for tensors in _BUCKETS(self, first_message):
+            yield [(name, tensor) for name, tensor in tensors if name != lost]
+
+    return buckets
+
+
+def _finish_and_flip(engine: vllm_worker.BucketWeightTransferEngine, module: str) -> None:
+    """One bit of what the module computes with, also where the kernel keeps it repacked."""
+    type(engine).finish_weight_update(engine)
+    layer = engine.model.get_submodule(module)
+    if not hasattr(layer, "cpu_linear"):
+        layer.weight.data.view(torch.int32).view(-1)[-1] ^= 1
+        return
+    weight = torch.cat([columns for _, columns in _held_columns(layer, "weight")], dim=1).contiguous()
+    weight.view(torch.int32)[5, 7] ^= 1
+    layer.cpu_linear = lambda x, _, bias: torch.nn.functional.linear(x, weight, bias)
