@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 from megatron_orz.types import LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
-FleetKind: TypeAlias = Literal["vllm", "local"]
+FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
 TransportKind: TypeAlias = Literal["auto", "ipc", "nccl", "gloo", "disk"]
 Verification: TypeAlias = Literal["sampled", "full", "off"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
@@ -160,6 +160,10 @@ class PPOConfig:
     """Clip range of the probability ratio."""
     value_clip_eps: float = 0.2
     """Clip range of the value around its old one; 0 turns value clipping off."""
+    oversampling: float = 0.0
+    """Share of prompts asked in addition; a step goes on without those answered last. It favours short responses."""
+    max_resampling_rounds: int = 0
+    """Rounds in which groups of siblings with equal rewards are replaced by those of other prompts; 0 keeps them."""
     loss_mean: LossMean = "token"
     """What the losses are averaged over; the original's released code uses `pack`."""
 
@@ -168,6 +172,13 @@ class PPOConfig:
             _require(getattr(self, name) >= 1, f"ppo.{name} {getattr(self, name)} is not at least 1")
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, f"ppo.{name} {getattr(self, name)} is outside [0, 1]")
+        _require(self.oversampling >= 0, f"ppo.oversampling {self.oversampling} is negative; 0 turns it off")
+        rounds = self.max_resampling_rounds
+        _require(rounds >= 0, f"ppo.max_resampling_rounds {rounds} is negative; 0 turns resampling off")
+        _require(
+            rounds == 0 or self.num_responses > 1,
+            f"ppo.max_resampling_rounds {rounds} compares siblings: it needs ppo.num_responses > 1",
+        )
         _require(self.clip_eps > 0, f"ppo.clip_eps {self.clip_eps} is not positive")
         _require(self.value_clip_eps >= 0, f"ppo.value_clip_eps {self.value_clip_eps} is negative; 0 turns it off")
 
@@ -230,7 +241,7 @@ class FleetConfig:
     """Where rollouts are generated."""
 
     kind: FleetKind = "vllm"
-    """`vllm`: inference servers; `local`: transformers, inside the trainer."""
+    """`vllm`, `sglang`: inference servers; `local`: transformers, inside the trainer."""
     urls: tuple[str, ...] = ()
     """Servers that run already (http://host:port); none: the run starts and stops its own on this machine."""
     num_servers: int = 1
@@ -239,6 +250,9 @@ class FleetConfig:
     """Tensor-parallel size of each server: its GPUs, or processes on the CPU."""
     gpus: tuple[int, ...] = ()
     """GPUs of the servers that are started, server_tp for each; by default the first of those the trainer sees."""
+    colocated: bool = False
+    """Servers and trainer use the same GPUs in turns: servers sleep during training, the trainer is offloaded during
+    generation."""
     min_servers: int = 1
     """With fewer servers than this able to answer, the run stops."""
     port: int = 0
@@ -293,6 +307,14 @@ class FleetConfig:
                 url.startswith(("http://", "https://")),
                 f"fleet.urls holds {url!r}, which is no http:// or https:// address",
             )
+        _require(
+            not (self.colocated and self.urls),
+            "fleet.colocated needs servers that the run starts on its own GPUs; leave fleet.urls empty",
+        )
+        _require(
+            not (self.colocated and self.kind == "local"),
+            "fleet.colocated is about servers, and fleet.kind is local; set it to false",
+        )
         _require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice")
         num_servers = len(self.urls) or self.num_servers
         _require(
@@ -360,6 +382,16 @@ class Config:
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
+        )
+        _require(
+            self.fleet.kind != "local" or self.ppo.oversampling == 0,
+            f"ppo.oversampling {self.ppo.oversampling} needs servers, which answer prompts apart; "
+            "set it to 0, or use --fleet.kind vllm",
+        )
+        _require(
+            self.fleet.kind != "sglang" or (self.sampling.top_p == 1.0 and self.sampling.top_k == -1),
+            f"SGLang's log-probabilities leave out sampling.top_p {self.sampling.top_p} and sampling.top_k "
+            f"{self.sampling.top_k}: they would not be those of the responses; use 1.0 and -1, or --fleet.kind vllm",
         )
         multiple = self.parallel.pack_multiple
         least = -(-longest // multiple) * multiple

@@ -8,24 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
 from megatron_orz.checkpoint import export_hf
+from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
 from megatron_orz.command_line import parse, plain_errors, rank, world_size
 from megatron_orz.config import Config, ModelConfig, to_json
 from megatron_orz.curves import draw_curves
 from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts
 from megatron_orz.engine.architecture import read_architecture
+from megatron_orz.engine.budget import check_colocated
 from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
 from megatron_orz.ranks import Ranks
+from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
-from megatron_orz.types import Prompt
+from megatron_orz.types import Critic, Fleet, Grader, Policy, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,6 +84,8 @@ def train(config: Config) -> None:
             )
             if isinstance(fleet, ServerFleet):
                 log.include(fleet.metrics)
+                if config.fleet.colocated:
+                    fleet.sleep()
             loss_mean, temperature = config.ppo.loss_mean, config.sampling.temperature
             policy = PolicyEngine(config.policy, mesh, loss_mean=loss_mean, temperature=temperature)
             critic = CriticEngine(config.critic, mesh, loss_mean=loss_mean, seed=config.seed)
@@ -87,27 +93,65 @@ def train(config: Config) -> None:
         verifier = stack.enter_context(Verifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = MathGrader(verifier, tokenizer, ranks)
         num_responses = config.evaluation.num_responses
+        stream = PromptStream(prompts, seed=config.seed)
+        step_fleet, step_grader = with_resampling(config, fleet, grader, stream, log)
+        step_policy: Policy = policy
+        step_critic: Critic = critic
+        if config.fleet.colocated and isinstance(fleet, ServerFleet):
+            turns = Turns(fleet, [policy, critic])
+            log.include(turns.metrics)
+            step_fleet = ColocatedFleet(step_fleet, turns)
+            step_policy, step_critic = ColocatedPolicy(policy, turns), ColocatedModel(critic, turns)
         ppo.run(
             config,
-            policy=policy,
-            critic=critic,
-            fleet=fleet,
-            grader=grader,
-            prompts=PromptStream(prompts, seed=config.seed),
+            policy=step_policy,
+            critic=step_critic,
+            fleet=step_fleet,
+            grader=step_grader,
+            prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
             ranks=mesh,
             log=log,
         )
         with ranks.share_fate("writing the final checkpoint"):
             final = config.run_dir / "final"
-            export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
+            export_hf(step_policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
+
+
+def with_resampling(
+    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
+) -> tuple[Fleet, Grader]:
+    """The fleet and the grader of the training steps, with the options of `resampling`."""
+    step_fleet, step_grader = fleet, grader
+    if config.ppo.oversampling and isinstance(fleet, ServerFleet):
+        step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
+        log.include(oversampling.metrics)
+    if config.ppo.max_resampling_rounds:
+        step_grader = dynamic = DynamicSampling(
+            grader,
+            step_fleet,
+            prompts,
+            num_responses=config.ppo.num_responses,
+            max_rounds=config.ppo.max_resampling_rounds,
+            seed=config.seed,
+        )
+        log.include(dynamic.metrics)
+    return step_fleet, step_grader
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:
     """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
     of_policy, of_critic = (_check_model(config, model) for model in (config.policy, config.critic))
+    if config.fleet.colocated and torch.cuda.is_available():
+        check_colocated(
+            config,
+            read_architecture(config.policy.path),
+            read_architecture(config.critic.path),
+            world_size=world_size(),
+            gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
+        )
     if of_policy.get_vocab() != of_critic.get_vocab():
         raise ValueError(
             f"{config.critic.path} has another vocabulary than {config.policy.path}, whose tokens the critic reads; "

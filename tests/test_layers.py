@@ -25,6 +25,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "curves": {"logs.read_metrics"},
     "engine": {"types", "config", "ops", "algorithms.losses"},
     "rollout": {"types", "config", "ranks"},
+    "resampling": {"types", "data"},
+    "colocation": {"types"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
     "checkpoint": {"types", "config", "ranks"},
@@ -34,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Modules of other projects that only one layer knows.
-OWNED_BY = {"megatron.core": "engine", "vllm": "rollout"}
+OWNED_BY = {"megatron.core": "engine", "vllm": "rollout", "sglang": "rollout"}
 
 
 def sources() -> list[Path]:

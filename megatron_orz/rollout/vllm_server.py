@@ -57,7 +57,8 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int, on_cuda: bool
         "--disable-uvicorn-access-log",
     ]
     if on_cuda:
-        return [*command, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
+        asleep = ["--enable-sleep-mode"] if fleet.colocated else []
+        return [*command, *asleep, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
     return [
         *command,
         "--enforce-eager",

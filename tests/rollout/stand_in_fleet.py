@@ -73,9 +73,15 @@ class StandIns:
         answer: list[dict[str, Any]] = httpx.get(f"{self.processes[index].url}/requests", trust_env=False).json()
         return answer
 
+    def calls(self, index: int) -> list[str]:
+        """The other POSTs one server has got."""
+        answer: list[str] = httpx.get(f"{self.processes[index].url}/calls", trust_env=False).json()
+        return answer
+
     def generate(self, prompts: Sequence[Prompt], *, version: int, seed: int = 0) -> list[Rollout]:
         """Three responses to each prompt."""
-        return self.group.generate(prompts, num_responses=3, seed=seed, version=version, on_rollout=None)
+        _, rollouts = self.group.generate(prompts, num_responses=3, seed=seed, version=version)
+        return rollouts
 
     def update(self, version: int) -> None:
         """As a run does it, with weights that can be gathered again."""
