@@ -13,7 +13,6 @@ from megatron_orz.rollout.client import Memory
 from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
-from megatron_orz.rollout.transports import choose_transport
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
 
@@ -42,8 +41,7 @@ def open_fleet(
                 yield LocalFleet(model, sampling, ranks=ranks, max_batch_rollouts=fleet.max_batch_rollouts)
             case kind:
                 group = None
-                if kind == "vllm":
-                    choose_transport(fleet)  # raises for one that cannot be, before servers start
+                connect = weight_sender(kind, fleet, model, run_dir=run_dir)
                 with ranks.share_fate("starting the servers"):
                     if ranks.rank == 0:
                         group = stack.enter_context(
@@ -51,7 +49,7 @@ def open_fleet(
                                 server_runs(kind, fleet, model, run_dir=run_dir),
                                 sampling,
                                 fleet,
-                                connect=weight_sender(kind, fleet, model, run_dir=run_dir),
+                                connect=connect,
                                 on_wait=on_wait,
                             )
                         )

@@ -40,12 +40,12 @@ def server_runs(
 def weight_sender(
     kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path
 ) -> Callable[[Sequence[ServerClient]], Sender]:
-    """What joins the trainer and some servers for weight updates."""
+    """What joins the trainer and some servers for weight updates. Raises ValueError for a transport that cannot be."""
+    folder = run_dir / "weights"
     if kind == "sglang":
-        return partial(
-            SGLangSender, model_path=model.path, folder=run_dir / "weights", timeout_s=fleet.update_timeout_s
-        )
-    return partial(_connect_vllm, fleet=fleet, run_dir=run_dir)
+        return partial(SGLangSender, model_path=model.path, folder=folder, timeout_s=fleet.update_timeout_s)
+    choose_transport(fleet)
+    return partial(_connect_vllm, fleet=fleet, folder=folder)
 
 
 def _find(kind: ServerKind, url: str, fleet: FleetConfig, num_restarts: int) -> Running:
@@ -81,9 +81,14 @@ def _client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
     return client(url, request_timeout_s=fleet.request_timeout_s)
 
 
-def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, run_dir: Path) -> WeightSender:
-    transport = build_transport(choose_transport(fleet), folder=run_dir / "weights")
-    sender = WeightSender(clients, transport, timeout_s=fleet.update_timeout_s, verification=fleet.verification)
+def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, folder: Path) -> WeightSender:
+    """folder: of weights on their way over the disk."""
+    sender = WeightSender(
+        clients,
+        build_transport(choose_transport(fleet), folder=folder),
+        timeout_s=fleet.update_timeout_s,
+        verification=fleet.verification,
+    )
     try:
         sender.connect()
     except RuntimeError:

@@ -37,11 +37,12 @@ class SGLangSender:
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; raises ServerError when one of them did not take them."""
-        started = time.perf_counter()
+        start = time.perf_counter()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self._folder, prefix=f"weights-{version}-") as directory:
-                num_bytes = _write(weights, Path(directory), companions_of=self._model_path)
+                _write(weights, Path(directory), companions_of=self._model_path)
+                written = time.perf_counter()
                 with ThreadPoolExecutor(len(self._clients), "weights") as threads:
                     loads = [
                         threads.submit(client.load, str(Path(directory).resolve()), version, timeout_s=self._timeout_s)
@@ -51,26 +52,23 @@ class SGLangSender:
                         load.result()
         except OSError as error:
             raise ServerError(f"cannot write the weights to {self._folder}: {error}; free some space") from error
-        self._metrics = {"sync/gib": num_bytes / 2**30, "sync/send_s": time.perf_counter() - started}
+        self._metrics = {"sync/write_s": written - start, "sync/load_s": time.perf_counter() - written}
 
     def metrics(self) -> Metrics:
-        """Of the last update: bytes written, and seconds until every server had loaded them."""
+        """Seconds of the last update: writing the weights, then loading them."""
         return self._metrics
 
     def close(self) -> None:
         """Nothing stays open between updates."""
 
 
-def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> int:
-    """Shards of at most `MAX_SHARD_BYTES`, as long as no tensor is larger. No index: loaders read all shards.
-
-    Returns the bytes of all tensors.
-    """
+def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> None:
+    """Shards of at most `MAX_SHARD_BYTES`, as long as no tensor is larger. No index: loaders read all shards."""
     for name in _COMPANIONS:
         if (companions_of / name).is_file():
             shutil.copy(companions_of / name, directory / name)
     shard: dict[str, Tensor] = {}
-    num_shards = num_bytes = total_bytes = 0
+    num_shards = num_bytes = 0
 
     def flush() -> None:
         save_file(shard, directory / f"model-{num_shards:05d}.safetensors", metadata={"format": "pt"})
@@ -83,6 +81,4 @@ def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> in
         # A copy: the tensor may share memory with what comes next.
         shard[name] = weight.detach().cpu().clone().contiguous()
         num_bytes += weight.nbytes
-        total_bytes += weight.nbytes
     flush()
-    return total_bytes

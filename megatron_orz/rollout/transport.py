@@ -73,7 +73,6 @@ class WeightSender:
     """Updates servers over one transport: one send reaches all of them.
 
     timeout_s: deadline of connecting, and of one whole update.
-    dtype: of the weights on the way, which is the servers'; None sends them as they are.
     """
 
     def __init__(
@@ -82,22 +81,24 @@ class WeightSender:
         transport: Transport,
         *,
         timeout_s: float,
-        dtype: torch.dtype | None = None,
         verification: Verification = "sampled",
     ) -> None:
         self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
-        self._dtype = dtype
         self._verification = verification
         self._posts = ThreadPoolExecutor(len(clients), "weights")
         self._meeting: Meeting | None = None
+        self._dtype: torch.dtype | None = None  # the servers', and that of the weights on the way
         self._metrics: Metrics = {}
         self._num_messages = 0
         self._num_updates = 0
 
     def connect(self) -> None:
-        """Joins the trainer and the workers of every server, which are numbered in the order of the clients."""
+        """Joins the trainer and the workers of every server, which are numbered in the order of the clients.
+
+        Raises ServerError, RuntimeError, or ValueError when the servers' weights have different types.
+        """
         deadline = _Deadline(self._timeout_s)
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
         address = meeting_address([client.url for client in self._clients])
@@ -122,6 +123,13 @@ class WeightSender:
         with ThreadPoolExecutor(1, "connect") as alone:
             joining.append(alone.submit(self._transport.connect, self._meeting))
             _first_error(joining)
+        answers = self._post_all(deadline, "/collective_rpc", {"method": "weight_dtype"})
+        dtypes = {worker["dtype"] for answer in answers for worker in answer["results"]}
+        if len(dtypes) != 1:
+            raise ValueError(
+                f"the servers' weights have types {sorted(dtypes)}; start all of them with the same --dtype"
+            )
+        self._dtype = getattr(torch, dtypes.pop())
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; their later rollouts are of `version`.

@@ -51,7 +51,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int, on_cuda: bool
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model.path), "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(port), "--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
-        *("--dtype", model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
+        *("--dtype", fleet.dtype or model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
         *("--tensor-parallel-size", str(fleet.server_tp)),
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),

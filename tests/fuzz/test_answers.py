@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from megatron_orz.rewards.math_answer import MAX_ANSWER_CHARS, extract_answer, quick_verdict
 from megatron_orz.metrics.traits import reflection_patterns
+from megatron_orz.rewards.math_answer import MAX_ANSWER_CHARS, extract_answer, quick_verdict
 from tests.fuzz.inputs import fuzz, sizes
 
 PIECES = st.sampled_from(

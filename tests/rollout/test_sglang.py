@@ -109,6 +109,7 @@ def test_weights_are_written_whole_in_shards_and_removed(tmp_path: Path, monkeyp
     assert all(weight.shape == (5, 4) for weight in client.weights.values())
     assert len(client.files) == 6  # config.json and five shards
     assert list((tmp_path / "weights").iterdir()) == []
+    assert set(sender.metrics()) == {"sync/write_s", "sync/load_s"}
 
 
 def test_a_fleet_without_sglang_or_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

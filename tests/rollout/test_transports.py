@@ -26,13 +26,24 @@ STARTED_WITHIN_S = 200.0
 KINDS: list[TransportKind] = ["ipc", "gloo", "disk"]
 
 
+def start(stack: ExitStack, *servers: BareServer) -> list[BareServer]:
+    for server in servers:
+        stack.enter_context(server)
+    for server in servers:
+        server.post("/health", timeout_s=STARTED_WITHIN_S)
+    return list(servers)
+
+
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[BareServer]]:
     with ExitStack() as stack:
-        servers = [stack.enter_context(BareServer(verifies=True)) for _ in range(2)]
-        for server in servers:
-            server.post("/health", timeout_s=STARTED_WITHIN_S)
-        yield servers
+        yield start(stack, BareServer(verifies=True), BareServer(verifies=True))
+
+
+@pytest.fixture(scope="module")
+def half_server() -> Iterator[BareServer]:
+    with ExitStack() as stack:
+        yield start(stack, BareServer(verifies=True, dtype="bfloat16"))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +75,21 @@ def test_every_server_gets_every_update(servers: list[BareServer], kind: Transpo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_converted_on_the_way(servers: list[BareServer], kind: TransportKind, tmp_path: Path) -> None:
+def test_weights_are_converted_on_the_way(half_server: BareServer, kind: TransportKind, tmp_path: Path) -> None:
     num_elements = sum(weight.numel() for _, weight in make_weights(0))
-    with closing(make_sender(servers, kind, tmp_path, dtype=torch.bfloat16)) as sender:
+    with closing(make_sender([half_server], kind, tmp_path)) as sender:
         sender.send(make_weights(0), 0)
         metrics = sender.metrics()
     assert metrics["sync/gib"] * 2**30 == 2 * num_elements
     assert metrics["sync/verified_tensors"] == 40
     assert metrics["sync/send_s"] > metrics["sync/wait_s"] > 0
+
+
+def test_servers_of_different_types_are_refused(
+    servers: list[BareServer], half_server: BareServer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"types \['bfloat16', 'float32'\]; start all of them with the same --dtype"):
+        make_sender([servers[0], half_server], "ipc", tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -100,7 +118,7 @@ def test_later_updates_are_verified_in_turn(servers: list[BareServer], tmp_path:
             self.__dict__ = server.__dict__
 
         def post(self, path: str, body: Any = None, **options: Any) -> dict[str, Any]:
-            if path == "/collective_rpc":
+            if path == "/collective_rpc" and body["method"] == "weight_digests":
                 asked.append(body["args"][0])
             return super().post(path, body, **options)
 
@@ -201,6 +219,21 @@ def test_the_meeting_listens_on_its_own_address_alone(servers: list[BareServer],
             if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
         ]
     assert listening == ["127.0.0.1"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ipc", "nccl", "gloo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_a_gpu_reach_a_server_on_the_next(kind: TransportKind, dtype: str, tmp_path: Path) -> None:
+    num_gpus = torch.cuda.device_count()
+    if kind == "nccl" and num_gpus == 1:
+        pytest.skip("each process of an nccl group needs a GPU of its own")
+    with ExitStack() as stack:
+        device = "cuda:1" if num_gpus > 1 else "cuda:0"
+        servers = start(stack, BareServer(verifies=True, device=device, dtype=dtype))
+        with closing(make_sender(servers, kind, tmp_path)) as sender:
+            for version in range(3):
+                sender.send(((name, weight.cuda()) for name, weight in make_weights(version)), version)
 
 
 ELSEWHERE = ("http://127.0.0.1:8000", "http://10.0.0.7:8000")
