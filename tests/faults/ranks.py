@@ -5,7 +5,7 @@
 
 Each fault gets one or two processes with a gloo group and a watchdog, all at once: forked from this one, which has
 imported torch and done nothing with it. Prints JSON: fault -> [{exit_code, seconds, stderr} of each rank]. Seconds are
-those since the fault. What has not ended after DEADLINE_S, or LATE_S after the other, is killed, and its exit code is null.
+those since the fault. What has not ended after DEADLINE_S, or LATE_S after the other, is killed; its exit code is null.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from tests.launch import free_port
 HANG_TIMEOUT_S = 10.0
 GRACE_S = 4.0
 DEADLINE_S = 60.0
+ORDERLY_EXIT_CODE = 75
 LATE_S = 8.0
 """How much longer than the first of two ranks the second may go on."""
 
@@ -199,6 +200,15 @@ def ends_early(rank: int, directory: Path) -> None:
         threading.Timer(3.0, now, [directory]).start()
 
 
+def exits_in_order(rank: int, directory: Path) -> None:
+    """All ranks agree to end with an exit code; rank 0 has something to close before."""
+    wait_for_each_other()
+    now(directory)
+    if rank == 0:
+        time.sleep(3.0)
+    sys.exit(ORDERLY_EXIT_CODE)
+
+
 def is_suspended_for_long(rank: int, directory: Path) -> None:
     """Both ranks are stopped for longer than the deadline, and go on: Ctrl-Z and fg."""
     now(directory)
@@ -228,7 +238,7 @@ FAULTS = {
     for function in (
         *(raises, raises_while_the_other_works, refuses_its_input, one_refuses_its_input, is_killed),
         *(is_killed_while_the_other_works, rank_0_is_killed_with_the_store, is_stopped, waits_for_a_lock),
-        *(ends_early, is_suspended_for_long, waits_alone, keeps_the_interpreter),
+        *(ends_early, exits_in_order, is_suspended_for_long, waits_alone, keeps_the_interpreter),
     )
 }
 

@@ -95,9 +95,12 @@ def test_a_stopped_process_is_a_hang(ended: dict[str, Any], directory: Path) -> 
     assert healthy["seconds"] < ranks.HANG_TIMEOUT_S + ranks.GRACE_S + 15
 
 
-@pytest.mark.parametrize("fault", ["ends_early", "is_suspended_for_long"])
-def test_what_is_no_failure_ends_nothing(ended: dict[str, Any], directory: Path, fault: str) -> None:
-    assert [(rank["exit_code"], rank["stderr"]) for rank in ended[fault]] == [(0, ""), (0, "")]
+@pytest.mark.parametrize(
+    ("fault", "exit_code"),
+    [("ends_early", 0), ("is_suspended_for_long", 0), ("exits_in_order", ranks.ORDERLY_EXIT_CODE)],
+)
+def test_what_is_no_failure_ends_nothing(ended: dict[str, Any], directory: Path, fault: str, exit_code: int) -> None:
+    assert [(rank["exit_code"], rank["stderr"]) for rank in ended[fault]] == 2 * [(exit_code, "")]
     assert not (directory / fault / STACKS).exists()
 
 
