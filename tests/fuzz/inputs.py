@@ -33,7 +33,8 @@ json_values = st.recursive(
 
 def sizes(slow: int) -> pytest.MarkDecorator:
     """A hundredth of the inputs in every run, all of them in the slow suite."""
-    return pytest.mark.parametrize("num_inputs", [slow // 100, pytest.param(slow, marks=pytest.mark.slow)])
+    marks = [pytest.mark.slow, pytest.mark.timeout(3600)]
+    return pytest.mark.parametrize("num_inputs", [slow // 100, pytest.param(slow, marks=marks)])
 
 
 def fuzz(strategy: st.SearchStrategy[T], check: Callable[[T], object], *, num_inputs: int) -> None:
