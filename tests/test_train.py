@@ -168,6 +168,11 @@ def sentence(stderr: str) -> str:
             r"8 rollouts a step cannot be split into 9 mini-batches; raise ppo\.num_prompts or lower .*",
         ),
         ("--ppo.num-steps 0", r"ppo\.num_steps 0 is not at least 1"),
+        ("--checkpoint.keep 0", r"checkpoint\.keep 0 < 1; set checkpoint\.interval 0 to save none"),
+        (
+            "--checkpoint.keep-every 15",
+            r"checkpoint\.keep_every 15 is not a multiple of .*interval 10, .*; make it one",
+        ),
         ("--policy.optimizer.lr 0", r"lr 0\.0 is not positive"),
     ],
 )
