@@ -16,6 +16,7 @@ from megatron_orz import ppo
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.manifest import Progress
 from megatron_orz.checkpoint.preemption import Preemption
+from megatron_orz.checkpoint.recipe import recipe_of
 from megatron_orz.checkpoint.run_directory import open_run_directory
 from megatron_orz.checkpoint.step_end import StepEnd
 from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
@@ -85,7 +86,7 @@ def train(config: Config) -> None:
         ranks = stack.enter_context(contextlib.closing(Ranks()))
         is_main = mesh.rank == 0
         say = partial(print, flush=True)
-        run_directory = stack.enter_context(open_run_directory(config, ranks, say))
+        run_directory = stack.enter_context(open_run_directory(config, recipe_of(config, prompts), ranks, say))
         if run_directory.is_finished:
             if is_main:
                 say(f"{config.run_dir} holds this run, finished; raise ppo.num_steps or begin anew with --fresh")

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_orz import ppo
 from megatron_orz.config import to_json
-from megatron_orz.conversion.convert import plan_hf_to_megatron
+from megatron_orz.conversion.convert import plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 from megatron_orz.logs import read_metrics
 from megatron_orz.types import Metrics
+from tests.conversion.checkpoints import assert_same_tensors
 from tests.engine import tiny
 from tests.launch import free_port
 
@@ -174,6 +175,11 @@ def sentence(stderr: str) -> str:
             r"8 rollouts a step cannot be split into 9 mini-batches; raise ppo\.num_prompts or lower .*",
         ),
         ("--ppo.num-steps 0", r"ppo\.num_steps 0 is not at least 1"),
+        ("--checkpoint.keep 0", r"checkpoint\.keep 0 < 1; set checkpoint\.interval 0 to save none"),
+        (
+            "--checkpoint.keep-every 15",
+            r"checkpoint\.keep_every 15 is not a multiple of .*interval 10, .*; make it one",
+        ),
         ("--policy.optimizer.lr 0", r"lr 0\.0 is not positive"),
     ],
 )
@@ -377,6 +383,16 @@ def test_the_same_command_again_finds_nothing_to_do(
     assert command_line(home) == 0
     assert "run holds this run, finished; raise ppo.num_steps or begin anew with --fresh" in capfd.readouterr().out
     assert files_of(finished.run_dir) == before
+
+
+def test_checkpoints_and_exports_hold_the_final_weights(home: Path, tmp_path: Path) -> None:
+    assert command_line(home, "--checkpoint.export-interval", "2") == 0
+    plan_megatron_to_hf(tmp_path / "run" / "checkpoints" / "latest" / "policy", tmp_path / "converted").run(
+        lambda _: None
+    )
+    assert [path.name for path in (tmp_path / "run" / "exports").iterdir()] == ["step-00000002"]
+    for path in (tmp_path / "run" / "exports" / "step-00000002", tmp_path / "converted"):
+        assert_same_tensors(tmp_path / "run" / "final", path)
 
 
 def test_a_finished_run_goes_on_with_more_steps(home: Path, tmp_path: Path) -> None:

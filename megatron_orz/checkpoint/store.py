@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy
 import torch
+from rich.progress import track
 
 from megatron_orz.checkpoint.directory import CheckpointDirectory, flush
 from megatron_orz.checkpoint.hf_export import copy_companions
@@ -136,8 +138,11 @@ class CheckpointStore:
         if manifest is None:
             return None, problems
         mine = sorted(manifest.files)[self._ranks.rank :: self._ranks.size]
+        is_shown = self._ranks.rank == 0 and sys.stdout.isatty()
         problems = [
-            f"{name} {problem}" for name in mine if (problem := manifest.files[name].problem_of(checkpoint / name))
+            f"{name} {problem}"
+            for name in track(mine, f"checking {checkpoint.name}", transient=True, disable=not is_shown)
+            if (problem := manifest.files[name].problem_of(checkpoint / name))
         ]
         return manifest, [problem for of_rank in self._ranks.gather(problems) for problem in of_rank]
 

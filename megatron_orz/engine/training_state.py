@@ -100,6 +100,7 @@ def _boxes(
                 allow_shape_mismatch=piece.allow_shape_mismatch,
             )
         piece_start = piece_end
+    assert piece_start == weight.data.numel(), weight.key
 
 
 def _rectangles(

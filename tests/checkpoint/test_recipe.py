@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_orz.checkpoint.recipe import differences, flatten
+from megatron_orz.checkpoint.recipe import differences, recipe_of
 from megatron_orz.config import (
     CheckpointConfig,
     Config,
@@ -22,7 +22,9 @@ from megatron_orz.config import (
     RewardConfig,
     SamplingConfig,
 )
+from megatron_orz.types import Prompt
 
+PROMPTS = [Prompt(prompt_id=number, token_ids=[number, 7], answer="1", source="train.jsonl") for number in range(3)]
 OPTIMIZER = OptimizerConfig(lr=1e-6)
 RECIPE = Config(
     run_dir=Path("run"),
@@ -49,8 +51,8 @@ RECIPE = Config(
     ],
 )
 def test_how_a_run_is_carried_out_may_change(changed: Config) -> None:
-    assert flatten(changed) != flatten(RECIPE)
-    assert differences(flatten(changed), flatten(RECIPE)) == []
+    assert recipe_of(changed, PROMPTS) != recipe_of(RECIPE, PROMPTS)
+    assert differences(recipe_of(changed, PROMPTS), recipe_of(RECIPE, PROMPTS)) == []
 
 
 @pytest.mark.parametrize(
@@ -70,8 +72,17 @@ def test_how_a_run_is_carried_out_may_change(changed: Config) -> None:
     ],
 )
 def test_what_is_learned_may_not(changed: Config, difference: str) -> None:
-    assert differences(flatten(changed), flatten(RECIPE)) == [difference]
+    assert differences(recipe_of(changed, PROMPTS), recipe_of(RECIPE, PROMPTS)) == [difference]
 
 
 def test_fields_of_another_version_are_passed_over() -> None:
-    assert differences({**flatten(RECIPE), "ppo.new": 1}, {**flatten(RECIPE), "ppo.old": 2}) == []
+    assert differences({**recipe_of(RECIPE, PROMPTS), "ppo.new": 1}, {**recipe_of(RECIPE, PROMPTS), "ppo.old": 2}) == []
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [PROMPTS[:2], [*PROMPTS[:2], replace(PROMPTS[2], answer="2")], [*PROMPTS[:2], replace(PROMPTS[2], token_ids=[7])]],
+)
+def test_other_training_data_is_another_recipe(prompts: list[Prompt]) -> None:
+    (difference,) = differences(recipe_of(RECIPE, prompts), recipe_of(RECIPE, PROMPTS))
+    assert difference.startswith("data.content is ")

@@ -52,7 +52,7 @@ def run_and_sample(num_steps: int, fleet: str = "local") -> list[Sample]:
     """Runs the tiny recipe in a process of its own, with a checkpoint every ten steps."""
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
-        recipe = write_recipe(place)
+        recipe = write_recipe(place, family="qwen3" if fleet == "vllm" else "qwen2")
         arguments = ["--ppo.num-steps", str(num_steps), "--fleet.kind", fleet, "--checkpoint.interval", "10"]
         with (place / "said").open("w") as said:
             run = subprocess.Popen(

@@ -177,7 +177,9 @@ def test_a_killed_verifier_process_is_replaced_and_no_reward_changes(
     assert_same(outcome_of(tmp_path), expected)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=str)
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGUSR1", "SIGTERM"]
+)
 def test_a_signal_ends_the_step_with_a_checkpoint_and_the_exit_code_for_requeueing(
     recipe: Path, zygote: Zygote, expected: Outcome, tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -36,11 +36,11 @@ if __name__ == "__main__":
 """
 
 
-def write_recipe(home: Path) -> Path:
-    """The recipe, its model and its data, in an empty directory."""
+def write_recipe(home: Path, *, family: str = "qwen2") -> Path:
+    """The recipe, its model and its data, in an empty directory. vLLM needs a family with wider heads: `qwen3`."""
     (home / "recipe.py").write_text(_RECIPE)
     tokenizer = build_tokenizer()
-    tiny.save_model(home / "model", vocab_size=len(tokenizer), num_layers=2)
+    tiny.save_model(home / "model", family=family, vocab_size=len(tokenizer), num_layers=2)
     tokenizer.save_pretrained(home / "model")
     # Answers that a made-up one may meet; an epoch that is no multiple of a step's prompts.
     write_problems(home / "train.jsonl", ["0+0", "0+1", "1+0", "1+1", "2-1", "2-0", "1-1"])
