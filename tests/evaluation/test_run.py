@@ -22,7 +22,7 @@ TOKENIZER = build_tokenizer()
 
 
 class SeededFleet:
-    """Answers from (seed, place of the prompt, sibling) as a real fleet does: right in two forms, wrong, or not at all."""
+    """Answers from (seed, place of the prompt, sibling), as a real fleet does: right in two forms, wrong, or none."""
 
     def __init__(self, *, fail_at_call: int | None = None) -> None:
         self.asked: list[int] = []
