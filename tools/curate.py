@@ -131,13 +131,14 @@ def main() -> None:
 
 def run(command: Run) -> None:
     files = list(dict.fromkeys(file for path in command.input for file in data_files(path)))
+    store = Store(command.output / "stages")
+    planned = stages(command, store)
     command.output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(command.output / ".lock", timeout=0):
-            store = Store(command.output / "stages")
             curation = curate(
                 files,
-                stages(command, store),
+                planned,
                 columns=command.columns,
                 store=store,
                 progress=bar,
@@ -166,7 +167,9 @@ def stages(command: Run, store: Store) -> list[Stage]:
     ]
     if command.evaluation:
         files = [file for path in command.evaluation for file in data_files(path)]
-        problems = [problem for file in files for problem in read_problems(file)]
+        problem_column, answer_column = command.columns.problem, command.columns.answer
+        read = partial(read_problems, problem_column=problem_column, answer_column=answer_column)
+        problems = [problem for file in files for problem in read(file)]
         chosen.append(
             Stage(
                 name="contamination",

@@ -17,6 +17,8 @@ from megatron_orz.types import AnswerKind
 
 RowFault: TypeAlias = Literal["malformed", "encoding", "missing_column", "empty", "wrong_type"]
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+_SHOWN_CHARS = 200
+"""What a message shows of a value."""
 _BOOKKEEPING = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 
 
@@ -284,12 +286,9 @@ def _column(row: Any, column: str, place: str) -> Any:
 
 
 def _missing_column(column: str, present: Sequence[str], place: str) -> RowError:
-    listed = ", ".join(map(repr, present)) or "none"
+    listed = ", ".join(map(repr, present))[:_SHOWN_CHARS] or "none"
     rule = f"has no column {column!r}, only {listed}; set data.problem_column and data.answer_column"
     return RowError("missing_column", place, rule)
-
-
-_SHOWN_CHARS = 100
 
 
 def _text(value: Any, name: str, place: str) -> str:

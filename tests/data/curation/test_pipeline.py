@@ -178,6 +178,16 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == expected
 
 
+def test_a_problem_of_ten_megabytes_goes_and_leaves_an_excerpt(tmp_path: Path) -> None:
+    huge = json.dumps({"question": "What is it? " * 900_000, "answer": "3"})
+    (tmp_path / "a.jsonl").write_text(f"{huge}\n{json.dumps(ROWS[0])}\n{huge[:-1]}\n")
+    run([tmp_path / "a.jsonl"], tmp_path / "out")
+    table = parquet.read_table(tmp_path / "out" / "decisions.parquet").to_pylist()
+    assert [row["outcome"] for row in table] == ["too_long", "kept", "malformed"]
+    assert table[0]["trail"] == ["rules: too_long (a problem of 10,800,000 characters; the limit is 8,000)"]
+    assert all(len(row["question"]) + len(str(row["trail"])) < 4000 for row in table)
+
+
 def test_strict_mode_names_the_first_bad_row(tmp_path: Path) -> None:
     files = write_files(tmp_path)
     store = Store(tmp_path / "stages")
