@@ -61,7 +61,6 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",
-        *("--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
     ]
     if on_cuda:
         asleep = ["--enable-sleep-mode"] if fleet.colocated else []
