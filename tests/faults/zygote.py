@@ -240,8 +240,8 @@ def _trace_prompts(file: Path) -> None:
 
 PHASES = ("sync", "evaluate", "generate", "reward", "infer", "critic", "policy", "checkpoint")
 CALLS = {
-    "row": ("megatron_orz.logs", "_LineFile.append"),
-    "event": ("megatron_orz.logs", "_EventFile.append"),
+    "row": ("megatron_orz.log_files", "LineFile.append"),
+    "event": ("megatron_orz.log_files", "EventFile.append"),
     "update": ("megatron_orz.engine.megatron_engine", "MegatronEngine.step"),
     "step-end": ("megatron_orz.checkpoint.step_end", "StepEnd.__call__"),
     "save": ("megatron_orz.checkpoint.store", "CheckpointStore.save"),
