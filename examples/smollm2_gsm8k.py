@@ -14,8 +14,9 @@ import zipfile
 from pathlib import Path
 
 from megatron_orz import train
-from megatron_orz.checkpoint import atomic_directory
+from megatron_orz.checkpoint.hf_export import atomic_directory
 from megatron_orz.config import (
+    CheckpointConfig,
     Config,
     CriticConfig,
     DataConfig,
@@ -39,6 +40,7 @@ RECIPE = Config(
     sampling=SamplingConfig(max_response_tokens=48),
     data=DataConfig(train=(Path("gsm8k_train.jsonl"),), max_prompt_tokens=464, max_pack_tokens=2048),
     fleet=FleetConfig(max_model_tokens=512, kv_cache_gib=0.5),
+    checkpoint=CheckpointConfig(interval=0),  # 3 GiB that two steps are not worth
 )
 
 

@@ -349,11 +349,40 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What a run that is interrupted goes on from: `docs/reliability.md`."""
+
+    interval: int = 10
+    """Save the training state after every `interval` steps, and after the last one; 0 saves none."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Also keep those of every `keep_every`-th step; 0 keeps none of them."""
+    asynchronous: bool = True
+    """Write beside the next step, from a copy in host memory of what the rank holds; else training waits."""
+    export_interval: int = 0
+    """Export the policy to `exports/`, in the Hugging Face form, after every so many steps; 0 exports only the last."""
+    grace_s: float = 60.0
+    """After SIGTERM or SIGUSR1, how long the step may take to end before the run stops without a checkpoint of it."""
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "keep_every", "export_interval"):
+            _require(getattr(self, name) >= 0, f"checkpoint.{name} {getattr(self, name)} is negative; 0 turns it off")
+        _require(self.keep >= 1, f"checkpoint.keep {self.keep} < 1; set checkpoint.interval 0 to save none")
+        _require(self.grace_s > 0, f"checkpoint.grace_s {self.grace_s} is not positive")
+        _require(
+            self.keep_every == 0 or (self.interval > 0 and self.keep_every % self.interval == 0),
+            f"checkpoint.keep_every {self.keep_every} is not a multiple of checkpoint.interval {self.interval}, "
+            "so that no checkpoint would be kept; make it one",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, complete."""
 
     run_dir: Path
-    """Everything the run writes: metrics, curves, config.json, the final checkpoint."""
+    """Everything the run writes: metrics, curves, config.json, checkpoints."""
     policy: ModelConfig
     critic: CriticConfig
     ppo: PPOConfig
@@ -363,11 +392,14 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     deterministic: bool = False
     """The same config and seed give the same bits on the same machine, at some cost in speed; `local` fleet only."""
     hang_timeout_s: float = 1800.0
     """The run ends when nothing moves on any rank for this long: no rollout, no grade, no mini-batch is finished."""
+    fresh: bool = False
+    """Begin anew: what run_dir holds is set aside, where the run would else go on from its last checkpoint."""
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config, and stop."""
 

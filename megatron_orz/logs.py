@@ -7,6 +7,8 @@
 Metrics are named `group/name`. They arrive already averaged over ranks; only the main rank writes and speaks.
 """
 
+from __future__ import annotations
+
 import io
 import json
 import math
@@ -15,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -55,6 +58,16 @@ class RunDirectoryError(RuntimeError):
     """The run directory cannot be written: says which file, why, and what to do."""
 
 
+@dataclass(frozen=True)
+class LogPosition:
+    """A place between two rows of the log."""
+
+    step: int
+    """Of the row that comes next."""
+    num_bytes: int
+    """Length of metrics.jsonl up to there."""
+
+
 class RunLog:
     """The log of one run. On every rank but the main one it only measures time.
 
@@ -72,11 +85,13 @@ class RunLog:
         num_steps: int,
         is_main: bool = True,
         console: Console | None = None,
+        goes_on_at: LogPosition | None = None,
         on_progress: Callable[[str], None] = lambda phase: None,
     ) -> None:
         """Raises RunDirectoryError when run_dir cannot be written.
 
         num_steps: steps of the whole run, for display.
+        goes_on_at: where the run goes on from; rows that an interrupted run wrote after that are dropped.
         on_progress: called with the name of a span or bar when it begins, when it ends, and for its finished items.
         """
         self.run_dir = run_dir
@@ -87,11 +102,17 @@ class RunLog:
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._gauges: list[Callable[[], Metrics]] = []
         if is_main:
-            with _writing(run_dir):
+            with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
-                self._metrics = _LineFile(run_dir / METRICS_FILE)
+                self._metrics = _LineFile(run_dir / METRICS_FILE, goes_on_at.num_bytes if goes_on_at else None)
+                if goes_on_at and (found := self._metrics.flush()) < goes_on_at.num_bytes:
+                    self.console.print(
+                        f"warning: {METRICS_FILE} lacks rows before step {goes_on_at.step}: {found} of "
+                        f"{goes_on_at.num_bytes} bytes are there",
+                        soft_wrap=True,
+                    )
                 self._alerts = Alerts(read_metrics(run_dir / METRICS_FILE))
-                self._tensorboard = _EventFile(run_dir / "tensorboard")
+                self._tensorboard = _EventFile(run_dir / "tensorboard", goes_on_at.step if goes_on_at else None)
 
     def write_config(self, config: Config) -> None:
         """Writes config.json, whole or not at all."""
@@ -100,7 +121,7 @@ class RunLog:
         path = self.run_dir / "config.json"
         unfinished = path.with_suffix(".json.tmp")
         try:
-            with _writing(path):
+            with writing(path):
                 unfinished.write_text(to_json(config))
                 unfinished.replace(path)
         finally:
@@ -153,13 +174,21 @@ class RunLog:
             return
         alerts = self._alerts.watch(row)
         row |= {f"alert/{alert.metric}": 1.0 for alert in alerts}
-        with _writing(self.run_dir):
+        with writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
             self._tensorboard.append(step, row)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
         for alert in alerts:
             self.console.print(f"alert at step {step}: {alert.message}", style="bold red", soft_wrap=True)
+
+    def flush(self) -> int:
+        """Brings all rows to the disk. Returns the length of metrics.jsonl in bytes; 0 on the other ranks."""
+        if not self._is_main:
+            return 0
+        with writing(self.run_dir):
+            self._tensorboard.flush()
+            return self._metrics.flush()
 
     def print_comparison(self, before: Metrics, after: Metrics) -> None:
         """Prints the evaluation metrics before and after training as a table."""
@@ -168,7 +197,7 @@ class RunLog:
     def close(self) -> None:
         """Closes the files; what was recorded is already on disk."""
         if self._is_main:
-            with _writing(self.run_dir):
+            with writing(self.run_dir):
                 self._metrics.close()
                 self._tensorboard.close()
 
@@ -189,7 +218,7 @@ def set_aside(run_dir: Path) -> Path | None:
     if not (run_dir / METRICS_FILE).exists():
         return None
     target = next(path for n in count(1) if not (path := run_dir.with_name(f"{run_dir.name}-{n}")).exists())
-    with _writing(target):
+    with writing(target):
         return run_dir.rename(target)
 
 
@@ -266,15 +295,21 @@ def _to_json_line(step: int, metrics: Mapping[str, float]) -> bytes:
 class _LineFile:
     """A file that only ever holds whole lines, and holds each as soon as it is appended."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_bytes: int | None) -> None:
+        """num_bytes: what lies behind them is dropped."""
         self._file = path.open("ab", buffering=0)
-        written = path.read_bytes()
+        written = path.read_bytes()[:num_bytes]
         # A machine that went down while writing leaves half a line.
         self._file.truncate(written.rfind(b"\n") + 1)
 
     def append(self, line: bytes) -> None:
         """Appends a line, newline included; when it does not fit, raises OSError and leaves the file as it was."""
         _append(self._file, line)
+
+    def flush(self) -> int:
+        """Brings the lines to the disk, and returns their bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         self._file.close()
@@ -286,16 +321,24 @@ class _EventFile:
     TensorBoard's own writer works in a thread, where a full disk is a traceback that nothing can catch.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, first_step: int | None) -> None:
+        """first_step: TensorBoard drops what earlier files hold of this step and later ones."""
         directory.mkdir(exist_ok=True)
         now = time.time()
         self._file = (directory / f"events.out.tfevents.{now:.6f}.{os.getpid()}").open("ab", buffering=0)
         self._write(Event(wall_time=now, file_version="brain.Event:2"))
+        if first_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=now, step=first_step, session_log=start))
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one value of every metric; when they do not fit, raises OSError and leaves the file as it was."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def flush(self) -> None:
+        """Brings the rows to the disk."""
+        os.fsync(self._file.fileno())
 
     def _write(self, event: Event) -> None:
         record = io.BytesIO()
@@ -318,7 +361,8 @@ def _append(file: io.FileIO, data: bytes) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Says of an OSError which file of the run directory could not be written, and what to do."""
     try:
         yield
     except OSError as error:

@@ -47,15 +47,19 @@ def run(
     evaluate: Callable[[], Metrics],
     ranks: DataParallel,
     log: RunLog,
+    num_done: int = 0,
+    on_step_end: Callable[[int], None] = lambda num_done: None,
 ) -> None:
-    """Trains policy and critic for `config.ppo.num_steps` steps.
+    """Trains policy and critic until `config.ppo.num_steps` steps are done.
 
     evaluate: the held-out scores of the policy the fleet holds.
+    num_done: steps that policy, critic and prompts have behind them.
+    on_step_end: called with the number of steps done; nothing of a step is left over then.
     """
     ppo, interval = config.ppo, config.evaluation.interval
     surrogate = partial(policy_loss, clip_eps=ppo.clip_eps)
     squared_error = ClippedValueLoss(ppo.value_clip_eps)
-    for step in range(ppo.num_steps + 1):
+    for step in range(num_done, ppo.num_steps + 1):
         start = time.perf_counter()
         with log.span("sync"):
             fleet.update_weights(policy.hf_weights(), version=step)
@@ -100,6 +104,7 @@ def run(
         metrics |= update("policy", policy, split(experience, ppo.num_policy_updates), surrogate, log)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         log.record(step, metrics | scores | {"tokens_per_s": num_tokens / (time.perf_counter() - start)})
+        on_step_end(step + 1)
 
 
 def update(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_orz.algorithms.losses import next_token_loss
-from megatron_orz.checkpoint import export_hf
+from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.config import ModelConfig, ParallelConfig
 from megatron_orz.data.packing import pack_sequences
 from megatron_orz.logs import RunLog

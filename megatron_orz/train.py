@@ -12,7 +12,11 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
-from megatron_orz.checkpoint import export_hf
+from megatron_orz.checkpoint.hf_export import export_hf
+from megatron_orz.checkpoint.manifest import Progress
+from megatron_orz.checkpoint.preemption import Preemption
+from megatron_orz.checkpoint.run_directory import open_run_directory
+from megatron_orz.checkpoint.step_end import StepEnd
 from megatron_orz.command_line import parse, plain_errors, rank, world_size
 from megatron_orz.config import Config, ModelConfig, to_json
 from megatron_orz.curves import draw_curves
@@ -20,12 +24,12 @@ from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_promp
 from megatron_orz.engine.architecture import read_architecture
 from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.evaluate import evaluate
-from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics, set_aside
+from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
 from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
-from megatron_orz.types import Prompt
+from megatron_orz.types import Prompt, Stateful
 from megatron_orz.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -65,6 +69,7 @@ def train(config: Config) -> None:
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
     from megatron_orz.engine.parallel import open_mesh
+    from megatron_orz.engine.random_state import RandomState
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
@@ -72,13 +77,28 @@ def train(config: Config) -> None:
         stack.enter_context(watchdog.watching_peers())
         ranks = stack.enter_context(contextlib.closing(Ranks()))
         is_main = mesh.rank == 0
-        with ranks.share_fate("preparing the run directory"):
-            if is_main and (old_run := set_aside(config.run_dir)):
-                print(f"the run that was in {config.run_dir} is now in {old_run}", flush=True)
+        say = partial(print, flush=True)
+        run_directory = stack.enter_context(open_run_directory(config, ranks, say))
+        if run_directory.is_finished:
+            if is_main:
+                say(f"{config.run_dir} holds this run, finished; raise ppo.num_steps or begin anew with --fresh")
+            return
+        resumed = run_directory.resumed
+        if resumed is not None and is_main:
+            say(f"going on from the checkpoint after {resumed.progress.step} steps")
+        done = resumed.progress if resumed else Progress(step=0, prompt_cursor=0, metrics_bytes=0)
+        with ranks.share_fate("opening the log"):
             log = stack.enter_context(
-                RunLog(config.run_dir, num_steps=config.ppo.num_steps, is_main=is_main, on_progress=watchdog.progress)
+                RunLog(
+                    config.run_dir,
+                    num_steps=config.ppo.num_steps,
+                    is_main=is_main,
+                    goes_on_at=LogPosition(done.step, done.metrics_bytes),
+                    on_progress=watchdog.progress,
+                )
             )
             log.write_config(config)
+        preemption = stack.enter_context(Preemption(ranks, grace_s=config.checkpoint.grace_s, say=say))
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(
                 open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir)
@@ -91,6 +111,21 @@ def train(config: Config) -> None:
         reward = config.reward
         verifier = stack.enter_context(Verifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = MathGrader(verifier, tokenizer, ranks)
+        stream = PromptStream(prompts, seed=config.seed, cursor=done.prompt_cursor)
+        parts: dict[str, Stateful] = {"policy": policy, "critic": critic, "random": RandomState(mesh.rank)}
+        if resumed is not None:
+            with log.console.status("loading the checkpoint"):
+                run_directory.store.restore(resumed, parts)
+        step_end = StepEnd(
+            config=config,
+            store=run_directory.store,
+            parts=parts,
+            policy=policy,
+            prompts=stream,
+            log=log,
+            ranks=ranks,
+            preemption=preemption,
+        )
         num_responses = config.evaluation.num_responses
         ppo.run(
             config,
@@ -98,16 +133,19 @@ def train(config: Config) -> None:
             critic=critic,
             fleet=fleet,
             grader=grader,
-            prompts=PromptStream(prompts, seed=config.seed),
+            prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
             ranks=mesh,
             log=log,
+            num_done=done.step,
+            on_step_end=step_end,
         )
         with ranks.share_fate("writing the final checkpoint"):
             final = config.run_dir / "final"
             export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
+            run_directory.mark_finished()
 
 
 def check_models(config: Config) -> PreTrainedTokenizerBase:

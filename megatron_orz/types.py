@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar
 
 from torch import Tensor, device
@@ -204,6 +205,38 @@ class Policy(Trainable[PolicyLoss], Protocol):
 
 class Critic(Trainable[ValueLoss], Protocol):
     """The value function. `infer` gives the values of the states the targets are chosen from."""
+
+
+class PendingSave(Protocol):
+    """This rank's share of a part of a checkpoint, fixed and not yet on disk."""
+
+    def write(self) -> list[Path]:
+        """Writes it and flushes it to the disk, in any thread. Returns its files. Raises OSError."""
+        ...
+
+    @property
+    def summary(self) -> Any:
+        """What `finish` needs to know of every rank, once it has written."""
+        ...
+
+    def finish(self, summaries: Sequence[Any]) -> None:
+        """On rank 0, after every rank has written: whatever describes the whole. Raises OSError."""
+        ...
+
+
+class Stateful(Protocol):
+    """A part of a run whose state a checkpoint holds. Every call is collective."""
+
+    def save_state(self, directory: Path, *, copy: bool) -> PendingSave:
+        """Fixes the state, to be written into an empty directory that all ranks see.
+
+        copy: in host memory of its own, so that the run may go on; else nothing changes before it is written.
+        """
+        ...
+
+    def load_state(self, directory: Path) -> None:
+        """Takes the state up, whatever the layout of the ranks that saved it."""
+        ...
 
 
 class Fleet(Protocol):

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"types", "config", "ranks"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
-    "checkpoint": {"types", "config", "ranks"},
+    "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
     "conversion": {"types", "config", "engine", "checkpoint", "json_file"},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},

@@ -7,6 +7,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -23,10 +24,10 @@ from megatron_orz.config import (
     SamplingConfig,
 )
 from megatron_orz.curves import draw_curves
-from megatron_orz.logs import RunDirectoryError, RunLog, console_line, read_metrics, set_aside
+from megatron_orz.logs import LogPosition, RunDirectoryError, RunLog, console_line, read_metrics, set_aside
 
 
-def quiet_log(run_dir: Path, **options: bool) -> RunLog:
+def quiet_log(run_dir: Path, **options: Any) -> RunLog:
     return RunLog(run_dir, num_steps=10, console=Console(file=io.StringIO()), **options)
 
 
@@ -110,6 +111,30 @@ def test_half_a_line_left_by_a_crash_is_dropped(tmp_path: Path) -> None:
     with quiet_log(tmp_path) as log:
         log.record(2, {"reward/mean": 0.75})
     assert [row["reward/mean"] for row in read_metrics(path)] == [0.5, 0.75]
+
+
+def test_a_resumed_log_reads_as_if_nothing_had_interrupted_it(tmp_path: Path) -> None:
+    with quiet_log(tmp_path) as log:
+        for step in range(3):
+            log.record(step, {"reward/mean": float(step)})
+        position = LogPosition(3, log.flush())
+        log.record(3, {"reward/mean": -1.0})
+        log.record(4, {"reward/mean": -1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    with quiet_log(tmp_path, goes_on_at=position) as log:
+        log.record(3, {"reward/mean": 3.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reward/mean"] for line in lines] == [0.0, 1.0, 2.0, 3.0]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(n, float(n)) for n in range(4)]
+
+
+def test_rows_that_are_missing_where_a_log_goes_on_are_not_made_up(tmp_path: Path) -> None:
+    with quiet_log(tmp_path, goes_on_at=LogPosition(3, 1000)) as log:
+        log.record(3, {"reward/mean": 3.0})
+        assert "metrics.jsonl lacks rows before step 3: 0 of 1000 bytes are there" in printed(log)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path: Path) -> None:

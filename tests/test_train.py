@@ -11,13 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
@@ -25,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_orz import ppo
 from megatron_orz.config import to_json
-from megatron_orz.conversion.convert import plan_hf_to_megatron
+from megatron_orz.conversion.convert import plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 from megatron_orz.logs import read_metrics
 from megatron_orz.types import Metrics
+from tests.conversion.checkpoints import assert_same_tensors
 from tests.engine import tiny
 from tests.launch import free_port
 
@@ -310,7 +312,7 @@ def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
         out = place / "out"
         with out.open("w") as file:
             patch.setattr(sys, "stdout", file)
-            assert command_line(home) == 0
+            assert command_line(home, "--fresh") == 0
     return Finished(place=place, out=out.read_text(), weights=weights)
 
 
@@ -323,9 +325,11 @@ def without_times(run_dir: Path) -> list[Metrics]:
 
 def test_a_run_leaves_its_files_and_no_others(home: Path, finished: Finished) -> None:
     names = {path.name for path in finished.run_dir.iterdir()}
-    assert names == {"config.json", "curves.png", "final", "metrics.jsonl", "tensorboard"}
+    files = {"config.json", "curves.png", "final", "metrics.jsonl", "tensorboard"}
+    assert names == files | {"checkpoints", "finished", ".lock"}
+    assert {path.name for path in (finished.run_dir / "checkpoints").iterdir()} == {"step-00000002", "latest"}
     config = runpy.run_path(str(home / "recipe.py"))["RECIPE"]
-    assert (finished.run_dir / "config.json").read_text() == to_json(config)
+    assert (finished.run_dir / "config.json").read_text() == to_json(replace(config, fresh=True))
     with Image.open(finished.run_dir / "curves.png") as picture:
         assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 20, "the picture is blank"
 
@@ -353,7 +357,7 @@ def test_transformers_loads_the_final_checkpoint_with_exactly_the_trained_weight
     assert tokenizer("User: 1+2\n<think>")["input_ids"] == build_tokenizer()("User: 1+2\n<think>")["input_ids"]
 
 
-def test_a_second_run_moves_the_first_aside_and_repeats_it(finished: Finished) -> None:
+def test_a_fresh_run_moves_the_first_aside_and_repeats_it(finished: Finished) -> None:
     assert "the run that was in run is now in run-1" in finished.out
     first, second = (without_times(finished.place / name) for name in ("run-1", "run"))
     assert len(first) == 3
@@ -404,6 +408,77 @@ def test_deterministic_ranks_repeat_bit_by_bit(home: Path, tmp_path: Path, layou
     assert_same_bits(*runs)
 
 
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_the_same_command_again_finds_nothing_to_do(
+    home: Path, finished: Finished, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished.place)
+    before = files_of(finished.run_dir)
+    assert command_line(home) == 0
+    assert "run holds this run, finished; raise ppo.num_steps or begin anew with --fresh" in capfd.readouterr().out
+    assert files_of(finished.run_dir) == before
+
+
+def test_checkpoints_and_exports_hold_the_final_weights(home: Path, tmp_path: Path) -> None:
+    assert command_line(home, "--checkpoint.export-interval", "2") == 0
+    plan_megatron_to_hf(tmp_path / "run" / "checkpoints" / "latest" / "policy", tmp_path / "converted").run(
+        lambda _: None
+    )
+    assert [path.name for path in (tmp_path / "run" / "exports").iterdir()] == ["step-00000002"]
+    for path in (tmp_path / "run" / "exports" / "step-00000002", tmp_path / "converted"):
+        assert_same_tensors(tmp_path / "run" / "final", path)
+
+
+def test_a_finished_run_goes_on_with_more_steps(home: Path, tmp_path: Path) -> None:
+    assert command_line(home) == 0
+    assert command_line(home, "--ppo.num-steps", "3") == 0
+    assert command_line(home, "--ppo.num-steps", "3", "--run-dir", "whole") == 0
+    longer, whole = (without_times(tmp_path / name) for name in ("run", "whole"))
+    assert json.dumps(longer) == json.dumps(whole)
+    final = "final/model.safetensors"
+    assert (tmp_path / "run" / final).read_bytes() == (tmp_path / "whole" / final).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            "--policy.optimizer.lr 2e-3",
+            r"run holds a run of another recipe: policy\.optimizer\.lr is 0\.002, was 0\.001; restore the recipe, .*",
+        ),
+        ("--ppo.num-steps 1", r"run holds a run of 2 steps, more than ppo\.num_steps 1; raise it, .*--fresh"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another(
+    home: Path,
+    finished: Finished,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: str,
+    expected: str,
+) -> None:
+    monkeypatch.chdir(finished.place)
+    before = files_of(finished.run_dir)
+    assert command_line(home, *arguments.split()) == 2
+    assert re.fullmatch(expected, sentence(capfd.readouterr().err))
+    assert files_of(finished.run_dir) == before
+
+
+def test_a_directory_in_use_by_a_live_run_is_left_alone(
+    home: Path, finished: Finished, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(finished.place)
+    before = files_of(finished.run_dir)
+    with FileLock(finished.run_dir / ".lock"):
+        assert command_line(home, "--fresh") == 2
+    expected = r"run is in use by a live run; wait for it, or set run_dir"
+    assert re.fullmatch(expected, sentence(capfd.readouterr().err))
+    assert files_of(finished.run_dir) == before
+
+
 def test_another_seed_gives_another_run(home: Path, finished: Finished, tmp_path: Path) -> None:
     assert command_line(home, "--seed", "1", "--ppo.num-steps", "1") == 0
     first, other = without_times(finished.run_dir)[0], without_times(tmp_path / "run")[0]
@@ -436,7 +511,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 ) -> None:
     """The disk fills with the config, with the first metrics, or with the final checkpoint."""
     with disk_of(tmp_path / "disk", kib) as disk:
-        assert command_line(home, "--run-dir", str(disk / "run")) == 2
+        assert command_line(home, "--run-dir", str(disk / "run"), "--checkpoint.interval", "0") == 2
         said = capfd.readouterr().err
         remedy = "change run_dir" if kib == 200 else "set run_dir to a directory that can be written"
         expected = rf"cannot write .*{disk}/run.*: .*No space left on device.*; free some space or {remedy}"
@@ -450,10 +525,12 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 def test_a_disk_too_small_for_the_curves_keeps_the_checkpoint(
     home: Path, tmp_path: Path, finished: Finished, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    pages = sum(-(-file.stat().st_size // 4096) for file in finished.run_dir.rglob("*") if file.is_file())
+    checkpoints = finished.run_dir / "checkpoints"
+    files = [file for file in finished.run_dir.rglob("*") if file.is_file() and checkpoints not in file.parents]
+    pages = sum(-(-file.stat().st_size // 4096) for file in files)
     picture = (finished.run_dir / "curves.png").stat().st_size // 1024
     with disk_of(tmp_path / "disk", 4 * pages - picture // 2) as disk:
-        assert command_line(home, "--run-dir", str(disk / "run")) == 2
+        assert command_line(home, "--run-dir", str(disk / "run"), "--checkpoint.interval", "0") == 2
         said = capfd.readouterr().err
         expected = r"cannot write \S+curves\.png: No space left on device; free some space and run tools/plot\.py \S+"
         assert re.fullmatch(expected, sentence(said.splitlines()[-1]))
@@ -467,6 +544,7 @@ def test_two_ranks_end_together_when_one_cannot_write(home: Path, tmp_path: Path
     with disk_of(tmp_path / "disk", 200) as disk:
         grid = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         arguments = ("--run-dir", str(disk / "run"), "--parallel.tp", "2", "--ppo.num-steps", "1")
+        arguments += ("--checkpoint.interval", "0")
         ranks = [run_process(home, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **grid) for rank in range(2)]
         try:
             said = [rank.communicate(timeout=DEADLINE_S)[1] for rank in ranks]

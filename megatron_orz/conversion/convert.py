@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_orz.checkpoint import INDEX_FILE, MAX_SHARD_BYTES, copy_companions, write_config
+from megatron_orz.checkpoint.hf_export import INDEX_FILE, MAX_SHARD_BYTES, copy_companions, write_config
 from megatron_orz.conversion.resumable import Advance, OutputFile, write_directory
 from megatron_orz.conversion.safetensors_file import SafetensorsWriter
 from megatron_orz.conversion.torch_dist_file import StoredTensor, TorchDistWriter, write_metadata

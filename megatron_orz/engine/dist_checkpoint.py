@@ -27,26 +27,31 @@ def load_torch_dist(
     if checkpoint.has_value_head and not value_head:
         raise ValueError(f"{path} holds a critic; name the checkpoint of a policy")
     checkpoint.check_names(weight_table(architecture, value_head=checkpoint.has_value_head), architecture)
-    states = _sharded_states(chunks)
+    states = sharded_states(chunks)
     keeps_head = value_head and not checkpoint.has_value_head
     if keeps_head:
         # megatron-core lets the rows of this tensor differ: it would read a row of the language-model head.
         for state in states.values():
             state.pop("output_layer.weight", None)
-    loaded = dist_checkpointing.load(states, str(path))
-    for name, chunk in zip(states, chunks, strict=True):
-        missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
+    fill(chunks, dist_checkpointing.load(states, str(path)), may_lack=["output_layer.weight"] if keeps_head else [])
+
+
+def fill(chunks: Sequence[HeadlessGPTModel], loaded: dict[str, Any], *, may_lack: Sequence[str] = ()) -> None:
+    """Hands what was loaded for `sharded_states(chunks)` to the chunks."""
+    for index, chunk in enumerate(chunks):
+        missing, unexpected = chunk.load_state_dict(loaded[f"chunk{index}"], strict=False)
         left_out = [key for key in missing if not key.endswith("_extra_state")]
-        assert left_out in ([], ["output_layer.weight"] if keeps_head else []), left_out
+        assert set(left_out) <= set(may_lack), left_out
         assert not unexpected, unexpected
 
 
 def save_torch_dist(chunks: Sequence[HeadlessGPTModel], path: Path) -> None:
     """Writes the weights into an empty directory that every rank sees. A collective over all ranks."""
-    dist_checkpointing.save(_sharded_states(chunks), str(path), content_metadata=CONTENT)
+    dist_checkpointing.save(sharded_states(chunks), str(path), content_metadata=CONTENT)
 
 
-def _sharded_states(chunks: Sequence[HeadlessGPTModel]) -> dict[str, dict[str, Any]]:
+def sharded_states(chunks: Sequence[HeadlessGPTModel]) -> dict[str, dict[str, Any]]:
+    """The weights of each chunk, live, with their places in the whole model."""
     metadata = {**CONTENT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     states = [chunk.sharded_state_dict(metadata=metadata) for chunk in chunks]
     # The extra state of a layer is its scaling in 8-bit floats, of which there are none.

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, token_weights
 from megatron_orz.config import CriticConfig, ModelConfig
-from megatron_orz.engine import platform, weights
+from megatron_orz.engine import platform, training_state, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
 from megatron_orz.engine.micro_batches import MicroBatch, micro_batches
 from megatron_orz.engine.model import HeadlessGPTModel, ValueHead, build_model
@@ -143,6 +144,23 @@ class MegatronEngine(ABC, Generic[Output]):
         return RepeatableWeights(
             lambda: weights.hf_weights(self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
         )
+
+    def save_state(self, directory: Path, *, copy: bool) -> training_state.PendingSave:
+        """Fixes weights, optimizer and schedule as they are, to be written into an empty directory all ranks see.
+
+        copy: in host memory of its own; else nothing may change before all is written.
+        """
+        self._check_loaded()
+        gather_parameters(self._replicas)
+        with platform.megatron_calls():
+            state = training_state.sharded_state(self.chunks, self._optimizer)
+            return training_state.save(state, directory, copy=copy)
+
+    def load_state(self, directory: Path) -> None:
+        """Goes on where the engine that saved this stopped, in whatever layout that was."""
+        self._check_loaded()
+        with platform.megatron_calls():
+            training_state.load(self.chunks, self._optimizer, directory)
 
     def offload(self) -> Metrics:
         """Hands the device memory of parameters, gradients and optimizer states back, until `reload`.

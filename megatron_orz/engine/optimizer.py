@@ -5,12 +5,16 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -20,7 +24,24 @@ from megatron_orz.config import OptimizerConfig
 MAX_SKIPPED_UPDATES = 3
 """Non-finite gradients in a row after which the run stops."""
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each parameter, beside it."""
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What this rank's optimizer holds of one parameter."""
+
+    parameter: torch.nn.Parameter
+    """The model's, this rank's tensor-parallel shard."""
+    start: int
+    """The first of its elements, flattened."""
+    tensors: dict[str, Tensor]
+    """[n] each: the moments `exp_avg` and `exp_avg_sq`; for bfloat16 models the float32 copy, `param`."""
+    is_own: bool
+    """No other data-parallel rank holds these elements."""
 
 
 class Optimizer:
@@ -67,6 +88,7 @@ class Optimizer:
         )
         self._schedule.step(1)  # The n-th update of the warm-up runs at n / warmup_steps of the rate.
         self._skipped_in_a_row = 0
+        self._num_updates = 0
 
     @property
     def lr(self) -> float:
@@ -100,6 +122,7 @@ class Optimizer:
             self._skipped_in_a_row = 0
             self._clip(grad_norm)
             self._optimizer.step_with_ready_grads()
+            self._num_updates += 1
         else:
             self._skipped_in_a_row += 1
             logger.warning("%s: gradient norm is %s; the update is skipped", self._name, grad_norm)
@@ -111,9 +134,70 @@ class Optimizer:
         self._schedule.step(1)
         return {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(not is_finite)}
 
+    def shares(self) -> Iterator[Share]:
+        """All that the optimizer holds beside the model: live tensors, which may be read and filled."""
+        for part in self._parts:
+            if part.optimizer is None:
+                continue
+            for parameter, main, start in _held_parameters(part):
+                state = part.optimizer.state[main]
+                if not state:  # before its first step
+                    state.update({name: torch.zeros_like(main.detach()) for name in MOMENTS})
+                    self._set_steps(part.optimizer)
+                tensors = {name: state[name].view(-1) for name in MOMENTS}
+                if parameter.dtype != main.dtype:
+                    tensors["param"] = main.detach().view(-1)
+                is_own = isinstance(part, DistributedOptimizer)
+                yield Share(parameter=parameter, start=start, tensors=tensors, is_own=is_own)
+
+    def counters(self) -> dict[str, int]:
+        """All that it counts: the same on every rank."""
+        return {
+            "num_updates": self._num_updates,
+            "schedule_steps": self._schedule.num_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+
+    def restore_counters(self, counters: dict[str, int]) -> None:
+        """Goes on counting where another optimizer stopped: bias correction, warm-up and skipped updates."""
+        self._num_updates = counters["num_updates"]
+        self._skipped_in_a_row = counters["skipped_in_a_row"]
+        self._schedule.num_steps = counters["schedule_steps"]
+        self._schedule.step(0)
+        for part in self._parts:
+            if part.optimizer is not None:
+                self._set_steps(part.optimizer)
+
+    def _set_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        """PyTorch's AdamW counts the steps of each parameter apart, in a tensor; fused ones those of a group."""
+        for group in optimizer.param_groups:
+            if not isinstance(optimizer, torch.optim.Adam):
+                group["step"] = self._num_updates
+                continue
+            for main in group["params"]:
+                # One tensor for all would be counted up once for each parameter.
+                if state := optimizer.state[main]:
+                    state["step"] = torch.tensor(float(self._num_updates), dtype=torch.float32, device=main.device)
+
     def _clip(self, grad_norm: float) -> None:
         if self._config.clip_grad == 0:
             return
         for part in self._parts:
             if parameters := part.get_parameters():
                 clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, grad_norm)
+
+
+def _held_parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, Tensor, int]]:
+    """(parameter of the model, the tensor that is updated for it, the first element this is of the flat parameter)."""
+    if isinstance(part, DistributedOptimizer):
+        for parameter, (group, index) in part.model_param_group_index_map.items():
+            start = part._get_model_param_range_map(parameter)["param"].start
+            yield parameter, part.optimizer.param_groups[group]["params"][index], start
+        return
+    of_main: dict[int, torch.nn.Parameter] = {}
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        for parameters, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True):
+            of_main |= {id(main): parameter for main, parameter in zip(mains, parameters, strict=True)}
+    for group in part.optimizer.param_groups:
+        for main in group["params"]:
+            yield of_main.get(id(main), main), main, 0

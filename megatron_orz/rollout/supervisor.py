@@ -29,6 +29,8 @@ def main(parent_pid: int, grace_s: float, command: list[str]) -> int:
     stop_requests: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda received, frame: stop_requests.append(received))
+    # A scheduler that warns the trainer may warn every process; the command inherits this.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     server = subprocess.Popen(command, preexec_fn=lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL))
     # A dead parent is seen by the change of the parent's id. A pipe would not do: every process the trainer forks

@@ -18,8 +18,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from megatron_orz import checkpoint
-from megatron_orz.checkpoint import export_hf
+from megatron_orz.checkpoint import hf_export
+from megatron_orz.checkpoint.hf_export import export_hf
 from tests.engine import tiny
 
 
@@ -99,7 +99,7 @@ def test_large_checkpoints_are_split_into_indexed_shards(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = 100_000
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", limit)
+    monkeypatch.setattr(hf_export, "MAX_SHARD_BYTES", limit)
     model, target = trained(source), tmp_path / "final"
     export_hf(weights_of(model), source=source, target=target, is_writer=True)
     assert_loads_as(target, model)
@@ -155,15 +155,15 @@ def test_an_error_in_the_midst_leaves_the_target_as_it_was(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: str | None
 ) -> None:
     """The disk is full at the second shard."""
-    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 100_000)
-    save_file, target = checkpoint.save_file, tmp_path / "final"
+    monkeypatch.setattr(hf_export, "MAX_SHARD_BYTES", 100_000)
+    save_file, target = hf_export.save_file, tmp_path / "final"
 
     def save_one_file(tensors: dict[str, Tensor], path: Path, **options: object) -> None:
         if path.name != "0.safetensors":
             raise OSError(28, "No space left on device")
         save_file(tensors, path, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", save_one_file)
+    monkeypatch.setattr(hf_export, "save_file", save_one_file)
     if held:
         target.mkdir()
         (target / "config.json").write_text(held)
