@@ -37,6 +37,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_orz.engine.checkpoint_metadata import read_metadata
 from megatron_orz.engine.dist_checkpoint import fill, sharded_states
 from megatron_orz.engine.model import HeadlessGPTModel
 from megatron_orz.engine.optimizer import Optimizer
@@ -201,6 +202,7 @@ def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer, directory: Pa
     state = sharded_state(chunks, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls PyTorch by an older name
+        read_metadata(directory)  # before megatron-core reads it as a pickle that may hold anything
         loaded = dist_checkpointing.load(state, str(directory))  # the boxes of the optimizer are filled in place
     fill(chunks, loaded)
     optimizer.restore_counters(loaded[COUNTERS])

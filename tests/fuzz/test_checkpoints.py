@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from megatron_orz.checkpoint.manifest import MANIFEST_FILE, FileDigest, Manifest, Progress
 from megatron_orz.conversion import resumable
 from megatron_orz.conversion.resumable import JOURNAL, OutputFile, write_directory
 from megatron_orz.engine.architecture import read_architecture
@@ -131,6 +132,26 @@ def test_journals_of_conversions(num_inputs: int, tmp_path: Path, monkeypatch: p
 
     journals = json_files({"identity": identity, "finished": {"a": 1}})
     fuzz(st.tuples(st.booleans(), journals), named(check_journal, "check_journal"), num_inputs=num_inputs)
+
+
+@sizes(slow=6_000)
+def test_manifests_of_checkpoints(num_inputs: int, tmp_path: Path) -> None:
+    """Whatever is altered: the same manifest, which JSON can spell in many ways, or none."""
+    progress = Progress(step=4, prompt_cursor=12, metrics_bytes=100)
+    digest = FileDigest(num_bytes=3, sha256="ab")
+    manifest = Manifest(
+        progress=progress, world_size=2, recipe={"seed": 0, "lr": 1e-3}, versions={"torch": "2"}, files={"a": digest}
+    )
+    manifest.write(tmp_path)
+    whole = (tmp_path / MANIFEST_FILE).read_bytes()
+
+    def check_manifest(content: bytes) -> None:
+        (tmp_path / MANIFEST_FILE).write_bytes(content)
+        found: list[Manifest] = []
+        refused_or_none(lambda: found.append(Manifest.read(tmp_path)), tmp_path)
+        assert found in ([], [manifest])
+
+    fuzz(json_files(json.loads(whole)) | damaged(whole), named(check_manifest, "check_manifest"), num_inputs=num_inputs)
 
 
 def json_files(document: Any) -> st.SearchStrategy[bytes]:
