@@ -148,7 +148,7 @@ class PendingSave:
             tensors.clear()
             _, outcome = outcomes.get()
             if isinstance(outcome, Exception):
-                raise outcome
+                raise _of_the_disk(outcome) or outcome
             self.summary += outcome
             files.append(Path(path))
         return files
@@ -157,6 +157,14 @@ class PendingSave:
         """On rank 0, once every rank has written: the files that describe the others. Raises OSError."""
         self._writer.finish(self._metadata, summaries)
         save_config(CheckpointingConfig("torch_dist", 1), self._writer.checkpoint_dir)
+
+
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """The OSError behind an error: torch's zip writer covers it with one of its own as it closes."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 class _OnHost(list[tuple[Any, Tensor]]):
