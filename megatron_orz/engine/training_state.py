@@ -17,6 +17,7 @@ import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -47,8 +48,14 @@ ShardedState: TypeAlias = dict[str, Any]
 COUNTERS = "optimizer_counters"
 
 # megatron-core hands the results of a write from process to process, for which it starts a manager process on every
-# rank (some 6 seconds). Here a thread of this process writes.
-filesystem_async._get_write_results_queue = queue.SimpleQueue
+# rank (some 6 seconds). Here a thread of this process writes. (The name lost its underscore after 0.16.)
+for _name in ("_get_write_results_queue", "get_write_results_queue"):
+    if hasattr(filesystem_async, _name):
+        setattr(filesystem_async, _name, queue.SimpleQueue)
+# Whose asynchronous writer is asked for the plan: megatron-core 0.16 has its own alone.
+_ASYNC_STRATEGY = (
+    {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+)
 
 
 def sharded_state(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer) -> ShardedState:
@@ -181,7 +188,9 @@ class _Planned(TorchDistSaveShardedStrategy):
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, plan: tuple[Any, ...]) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, plan: tuple[Any, ...], *_: Any
+    ) -> AsyncRequest:
         self.pending = PendingSave(writer, plan[1])
         return AsyncRequest(None, (), [])
 
@@ -199,7 +208,12 @@ def save(state: ShardedState, directory: Path, *, copy: bool) -> PendingSave:
                 data = torch.empty(sharded.data.shape, dtype=sharded.dtype).copy_(sharded.data.detach())
                 container[key] = replace(sharded, data=data)
     dist_checkpointing.save(
-        state, str(directory), sharded_strategy=strategy, async_sharded_save=True, content_metadata=CONTENT
+        state,
+        str(directory),
+        sharded_strategy=strategy,
+        async_sharded_save=True,
+        content_metadata=CONTENT,
+        **_ASYNC_STRATEGY,
     )
     return strategy.pending
 
