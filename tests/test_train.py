@@ -527,6 +527,22 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
         assert (disk / "run" / "metrics.jsonl").read_bytes()[-1:] in (b"", b"\n")
 
 
+def test_a_disk_too_small_for_a_second_checkpoint_keeps_the_first(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with disk_of(tmp_path / "disk", 7000) as disk:
+        at_every_step = ("--run-dir", str(disk / "run"), "--checkpoint.interval", "1", "--ppo.num-steps", "3")
+        for _ in range(2):
+            assert command_line(home, *at_every_step) == 2
+            expected = (
+                r"cannot write the checkpoint of step 2 \(.*No space left on device.*it goes on from step-00000001"
+            )
+            assert re.fullmatch(expected, sentence(capfd.readouterr().err.splitlines()[-1]))
+        assert command_line(home, *at_every_step, "--checkpoint.interval", "0") == 0
+        assert command_line(home, "--ppo.num-steps", "3") == 0
+        assert json.dumps(without_times(disk / "run")) == json.dumps(without_times(tmp_path / "run"))
+
+
 def test_a_disk_too_small_for_the_curves_keeps_the_checkpoint(
     home: Path, tmp_path: Path, finished: Finished, capfd: pytest.CaptureFixture[str]
 ) -> None:

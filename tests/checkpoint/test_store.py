@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -229,6 +231,19 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path: Pa
             store.wait()
         assert names(disk) == {"step-00000001", "latest"}
         assert newest(disk) == (1, [])
+
+
+def test_a_file_system_that_goes_away_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: PendingPart) -> list[Path]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.directory))
+
+    store = store_in(tmp_path)
+    save(store, Part(b""), 1)
+    monkeypatch.setattr(PendingPart, "write", lost)
+    store.save(at(2), {"policy": Part(b"")}, sources={})
+    with pytest.raises(CheckpointWriteError, match=r"step 2 \(.*policy: Stale file handle\); .*goes on from step-0"):
+        store.wait()
+    assert newest(tmp_path) == (1, [])
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,7 @@ class Sample:
     threads: int
     processes: int
     shm_mib: float
-    """In /dev/shm, of all processes of the machine."""
+    """Of /dev/shm, mapped by the processes."""
     disk_mib: float
     """In the run directory, logs left out."""
     logs_mib: float
@@ -93,10 +92,14 @@ def _sample(trainer: psutil.Process, run_dir: Path) -> Sample:
         files=sum(process.num_fds() for process in tree),
         threads=sum(process.num_threads() for process in tree),
         processes=len(tree),
-        shm_mib=shutil.disk_usage("/dev/shm").used / 2**20,
+        shm_mib=sum(_shared_bytes(process) for process in tree) / 2**20,
         disk_mib=(_bytes(run_dir) - logs) / 2**20,
         logs_mib=logs / 2**20,
     )
+
+
+def _shared_bytes(process: psutil.Process) -> int:
+    return sum(mapped.rss for mapped in process.memory_maps() if mapped.path.startswith("/dev/shm"))
 
 
 def _bytes(path: Path) -> int:
