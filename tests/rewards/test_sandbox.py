@@ -114,9 +114,9 @@ def test_memory_files_and_output_are_bounded(isolation: str) -> None:
 
 
 @pytest.fixture
-def in_namespaces() -> None:
-    if run_python("pass").isolation != "namespaces":
-        pytest.skip("this machine grants no namespaces")
+def in_namespaces(isolation: str) -> None:
+    if isolation != "namespaces":
+        pytest.skip("without namespaces the limits alone hold")
 
 
 @pytest.mark.usefixtures("in_namespaces")
@@ -167,8 +167,9 @@ class TestNamespaces:
                 except OSError: break
             print(count)
         """
-        if os.geteuid() == 0:
-            assert int(output(run_python(dedented(program), limits=Limits(num_processes=8)))) <= 8
+        if os.geteuid() == 0 and sandbox._CONFINEMENT.name != "confinement.py":
+            pytest.skip("the kernel does not count the processes of root, which stays root without its own namespaces")
+        assert int(output(run_python(dedented(program), limits=Limits(num_processes=8)))) <= 8
 
     def test_threads_with_a_deep_stack_run(self) -> None:
         program = """
