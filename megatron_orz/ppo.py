@@ -57,7 +57,7 @@ def run(
     evaluate: the held-out scores of the policy the fleet holds. record_rollouts: the metrics of a step's rollouts.
     """
     ppo, interval = config.ppo, config.evaluation.interval
-    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps)
+    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps, importance_cap=ppo.importance_cap)
     squared_error = ClippedValueLoss(ppo.value_clip_eps)
     for step in range(num_done, ppo.num_steps + 1):
         start = time.perf_counter()

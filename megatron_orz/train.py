@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
+from megatron_orz.ahead import OneStepAhead
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.manifest import Progress
 from megatron_orz.checkpoint.preemption import Preemption
@@ -139,7 +140,7 @@ def train(config: Config) -> None:
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
-        step_fleet, step_grader = with_resampling(config, fleet, grader, stream, log)
+        step_fleet, step_grader = with_options(config, fleet, grader, stream, log)
         step_policy: Policy = policy
         step_critic: Critic = critic
         if config.fleet.colocated and isinstance(fleet, ServerFleet):
@@ -170,14 +171,18 @@ def train(config: Config) -> None:
             run_directory.mark_finished()
 
 
-def with_resampling(
+def with_options(
     config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
 ) -> tuple[Fleet, Grader]:
-    """The fleet and the grader of the training steps, with the options of `resampling`."""
+    """The fleet and the grader of the training steps, with the options of `resampling` and `ahead`."""
     step_fleet, step_grader = fleet, grader
     if config.ppo.oversampling and isinstance(fleet, ServerFleet):
         step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
         log.include(oversampling.metrics)
+    if config.ppo.max_staleness and isinstance(fleet, ServerFleet):
+        last_seed = ppo.rollout_seed(config.seed, config.ppo.num_steps - 1)
+        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed)
+        log.include(ahead.metrics)
     if config.ppo.max_resampling_rounds:
         step_grader = dynamic = DynamicSampling(
             grader,

@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"types", "config", "data", "rewards"},
     "resampling": {"types", "data"},
     "colocation": {"types"},
+    "ahead": {"types", "data"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
