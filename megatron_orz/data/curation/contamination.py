@@ -29,7 +29,7 @@ class Decontamination:
     def judge(
         self, candidates: Sequence[Candidate], advance: Advance, *, evaluation: Sequence[Problem]
     ) -> list[Verdict]:
-        """Reason: `contaminated`. A problem of fewer than n tokens is one n-gram, which no longer problem holds."""
+        """Reason: `contaminated`. A problem of fewer than n tokens is one n-gram, which its copies alone hold."""
         holders: defaultdict[str, list[int]] = defaultdict(list)  # n-gram -> the evaluation problems that hold it
         sizes: list[int] = []
         for index, problem in enumerate(evaluation):
