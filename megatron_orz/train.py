@@ -162,10 +162,12 @@ def train(config: Config) -> None:
             num_done=done.step,
             on_step_end=step_end,
         )
-        with ranks.share_fate("writing the final checkpoint"):
-            final, final_critic = config.run_dir / "final", config.run_dir / "final-critic"
-            export_hf(step_policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
-            export_hf(critic.hf_weights(), source=config.critic.path, target=final_critic, is_writer=is_main)
+        for model, source, name in (
+            (step_policy, config.policy.path, "final"),
+            (critic, config.critic.path, "final-critic"),
+        ):
+            with ranks.share_fate("writing the final checkpoint"):
+                export_hf(model.hf_weights(), source=source, target=config.run_dir / name, is_writer=is_main)
         if is_main:
             summarise(config, log)
             run_directory.mark_finished()

@@ -41,8 +41,8 @@ class RolloutRecorder:
             mine = rollouts[self._ranks.rank :: self._ranks.size]
             with self._ranks.share_fate("describing the rollouts"):
                 texts = self._tokenizer.batch_decode([rollout.response_ids for rollout in mine])
-                shares = self._ranks.gather(traits_of(texts, [rollout.response_ids for rollout in mine]))
-            traits = _interleaved(shares, len(rollouts))
+                my_traits = traits_of(texts, [rollout.response_ids for rollout in mine])
+            traits = _interleaved(self._ranks.gather(my_traits), len(rollouts))
             for answer, lengths in lengths_by_answer(rollouts).items():
                 self._log.distribution(f"response/{answer}_length", lengths)
             metrics = rollout_metrics(rollouts, traits)

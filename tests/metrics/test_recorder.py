@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -81,10 +82,25 @@ def test_metrics_histograms_and_file_are_those_of_the_rollouts(tmp_path: Path) -
         assert row.repetition == pytest.approx(traits[i].repetition)
 
 
+class NoTexts:
+    """A tokenizer that fails."""
+
+    def batch_decode(self, token_ids: list[list[int]]) -> list[str]:
+        raise LookupError("no texts")
+
+
 def record_on_a_rank(run_dir: Path) -> None:
+    """Both ranks record a step; then one of them fails in the next, and the other learns of it."""
     dist.init_process_group("gloo")
+    rank = dist.get_rank()
     (metrics,) = record(run_dir, GenerationsConfig(), [3])
-    (run_dir / f"rank-{dist.get_rank()}.json").write_text(json.dumps(metrics))
+    (run_dir / f"rank-{rank}.json").write_text(json.dumps(metrics))
+    with RunLog(run_dir, num_steps=9, is_main=rank == 0, console=Console(quiet=True)) as log:
+        tokenizer: Any = build_tokenizer() if rank == 0 else NoTexts()
+        recorder = RolloutRecorder(GenerationsConfig(), tokenizer=tokenizer, ranks=Ranks(), log=log)
+        error, message = (RuntimeError, "failed on rank 1: .*no texts") if rank == 0 else (LookupError, "no texts")
+        with pytest.raises(error, match=message):
+            recorder.record(4, make_rollouts())
 
 
 def test_two_ranks_record_what_one_does(tmp_path: Path) -> None:
