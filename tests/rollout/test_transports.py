@@ -255,6 +255,19 @@ def test_weights_of_a_gpu_reach_a_server_on_the_next(kind: TransportKind, dtype:
                 sender.send(((name, weight.cuda()) for name, weight in make_weights(version)), version)
 
 
+def test_memory_that_cannot_be_opened_is_said_with_the_remedy(
+    servers: list[BareServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from another container, where the trainer's process has another number."""
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
+    message = r"cannot open the trainer's memory .* fleet\.transport gloo or disk"
+    with (
+        closing(make_sender(servers[:1], "ipc", tmp_path)) as sender,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        sender.send(make_weights(0), 0)
+
+
 ELSEWHERE = ("http://127.0.0.1:8000", "http://10.0.0.7:8000")
 
 
