@@ -116,8 +116,14 @@ _SharedMemory = _HostMemory | _DeviceMemory
 
 def _open_host_memory(address: str) -> Tensor:
     path, _, _ = address.rpartition(":")
-    with open(path, "r+b") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    try:
+        with open(path, "r+b") as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot open the trainer's memory ({error}); a server of another container or user needs "
+            "fleet.transport gloo or disk"
+        ) from error
 
 
 def _open_device_memory(address: str) -> Tensor:

@@ -9,10 +9,11 @@ The two halves of a transport, and the meeting where they keep step, know nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import accumulate, count
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -110,7 +111,7 @@ class WeightSender:
             "num_workers": sum(sizes),
             "timeout_s": self._timeout_s,
         }
-        joining: list[Future[Any]] = [
+        joining = [
             self._posts.submit(
                 client.post,
                 "/init_weight_transfer_engine",
@@ -119,10 +120,7 @@ class WeightSender:
             )
             for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
         ]
-        # On another thread, so that a server's error is seen at once; the transport's own deadline ends it.
-        with ThreadPoolExecutor(1, "connect") as alone:
-            joining.append(alone.submit(self._transport.connect, self._meeting))
-            _first_error(joining)
+        _first_error([*joining, _in_background(partial(self._transport.connect, self._meeting))])
         answers = self._post_all(deadline, "/collective_rpc", {"method": "weight_dtype"})
         dtypes = {worker["dtype"] for answer in answers for worker in answer["results"]}
         if len(dtypes) != 1:
@@ -136,12 +134,12 @@ class WeightSender:
 
         Raises ServerError, WeightMismatch or RuntimeError; the servers then hold neither the old nor the new weights.
         """
-        started = time.perf_counter()
-        post = partial(self._post_all, _Deadline(self._timeout_s))
+        started, deadline = time.perf_counter(), _Deadline(self._timeout_s)
+        post = partial(self._post_all, deadline)
         digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
         post("/pause", query={"mode": "keep", "clear_cache": "false"})
         post("/start_weight_update")
-        moved = self._stream(digests.watch(weights), _Deadline(self._timeout_s))
+        moved = self._stream(digests.watch(weights), deadline)
         post("/finish_weight_update")
         sent = time.perf_counter()
         if digests.names:
@@ -250,6 +248,21 @@ class _Deadline:
                 f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
             )
         return remaining_s
+
+
+def _in_background(call: Callable[[], None]) -> Future[None]:
+    """Calls it on a thread that nothing waits for: without the other side it cannot end before its deadline."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="connect", daemon=True).start()
+    return future
 
 
 def _first_error(futures: Sequence[Future[Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -131,23 +132,41 @@ def test_later_updates_are_verified_in_turn(servers: list[BareServer], tmp_path:
     assert sorted(name for some in asked[1:] for name in some) == sorted(names)
 
 
-def test_a_server_that_refuses_an_update_is_an_error_at_once(servers: list[BareServer], tmp_path: Path) -> None:
-    class Refusing(BareServer):
-        def __init__(self, server: BareServer) -> None:
-            self.__dict__ = server.__dict__
+class Refusing(BareServer):
+    """Fails when it is asked for one thing."""
 
-        def post(self, path: str, *args: Any, **options: Any) -> dict[str, Any]:
-            if path == "/update_weights":
-                raise RuntimeError("out of memory")
-            return super().post(path, *args, **options)
+    def __init__(self, server: BareServer, path: str) -> None:
+        self.__dict__ = server.__dict__ | {"refused": path}
 
-    for kind in KINDS:
-        sender = make_sender([Refusing(servers[0])], kind, tmp_path)
-        started = time.monotonic()
-        with pytest.raises(RuntimeError, match="out of memory"):
-            sender.send(make_weights(0), 0)
-        assert time.monotonic() - started < 5
-        sender.close()
+    def post(self, path: str, *args: Any, **options: Any) -> dict[str, Any]:
+        if path == self.__dict__["refused"]:
+            raise RuntimeError("out of memory")
+        return super().post(path, *args, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_refuses_an_update_is_an_error_at_once(
+    servers: list[BareServer], kind: TransportKind, tmp_path: Path
+) -> None:
+    sender = make_sender([Refusing(servers[0], "/update_weights")], kind, tmp_path)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sender.send(make_weights(0), 0)
+    sender.close()
+    del sender
+    gc.collect()
+    assert time.monotonic() - started < 10, "something waits for the server that has failed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_refuses_to_connect_is_an_error_at_once(
+    servers: list[BareServer], kind: TransportKind, tmp_path: Path
+) -> None:
+    """The trainer's half waits for it all the while."""
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_sender([Refusing(servers[0], "/init_weight_transfer_engine")], kind, tmp_path)
+    assert time.monotonic() - started < 10
 
 
 def test_weights_that_fail_to_come_end_the_update(servers: list[BareServer], tmp_path: Path) -> None:
@@ -234,6 +253,19 @@ def test_weights_of_a_gpu_reach_a_server_on_the_next(kind: TransportKind, dtype:
         with closing(make_sender(servers, kind, tmp_path)) as sender:
             for version in range(3):
                 sender.send(((name, weight.cuda()) for name, weight in make_weights(version)), version)
+
+
+def test_memory_that_cannot_be_opened_is_said_with_the_remedy(
+    servers: list[BareServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from another container, where the trainer's process has another number."""
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
+    message = r"cannot open the trainer's memory .* fleet\.transport gloo or disk"
+    with (
+        closing(make_sender(servers[:1], "ipc", tmp_path)) as sender,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        sender.send(make_weights(0), 0)
 
 
 ELSEWHERE = ("http://127.0.0.1:8000", "http://10.0.0.7:8000")
