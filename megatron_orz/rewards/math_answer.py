@@ -161,7 +161,20 @@ class Verifier:
             for pair, (_, finish_reason, _) in zip(pairs, responses, strict=True)
         ]
 
-    def _compare(self, answer: str, reference: str) -> bool | None:
+    def recognise(self, answers: Sequence[str]) -> list[bool | None]:
+        """Whether each answer can be told from others: a number, or an expression for math-verify.
+
+        None where that takes past the deadline.
+        """
+        verdicts: list[bool | Future[bool | None] | None] = [
+            self._threads.submit(self._compare, answer, None)
+            if _number(_normalise(answer)) is None and len(answer) <= MAX_ANSWER_CHARS
+            else len(answer) <= MAX_ANSWER_CHARS
+            for answer in answers
+        ]
+        return [verdict.result() if isinstance(verdict, Future) else verdict for verdict in verdicts]
+
+    def _compare(self, answer: str, reference: str | None) -> bool | None:
         worker = self._idle.get()
         try:
             return worker.compare(answer, reference)
@@ -188,8 +201,11 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
 
-    def compare(self, answer: str, reference: str) -> bool | None:
-        """Whether the answers are equal; None past the deadline, and for a pair that ends two processes."""
+    def compare(self, answer: str, reference: str | None) -> bool | None:
+        """Whether the answers are equal, or without a reference whether the answer is an expression.
+
+        None past the deadline, and for what ends two processes.
+        """
         for _ in range(2):
             if self._process is None:
                 self._start()

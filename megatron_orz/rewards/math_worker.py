@@ -18,15 +18,21 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+WRONG_ANSWER = "\\frac{1234577}{89}"
+"""An expression must be told from this number."""
+
 
 def main(descriptor: int, timeout_s: float, memory_gib: float) -> None:
-    """Receives (answer, reference), sends whether they are equal; ends when the connection is closed."""
+    """Receives (answer, reference), sends whether they are equal; ends when the connection is closed.
+
+    Without a reference, sends whether the answer is an expression that equals itself, and not any other.
+    """
     connection = Connection(descriptor)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes the connection.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # An alarm ends the process, also inside a C function.
     limit_memory(int(memory_gib * 2**30))
 
-    equal = load_comparison()
+    equal, is_expression = load_comparison()
     equal("\\frac{1}{2}", "0.5")  # The parser builds its tables on first use, before any deadline runs.
     connection.send("ready")
     silence()
@@ -37,7 +43,7 @@ def main(descriptor: int, timeout_s: float, memory_gib: float) -> None:
             return
         # The parent kills a comparison past its deadline; should the parent be gone, the kernel does.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 5)
-        verdict = equal(answer, reference)
+        verdict = is_expression(answer) if reference is None else equal(answer, reference)
         signal.setitimer(signal.ITIMER_REAL, 0)
         connection.send(verdict)
 
@@ -50,8 +56,8 @@ def limit_memory(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def load_comparison() -> Callable[[str, str], bool]:
-    """A function (answer, reference) -> bool. math-verify's own timeouts need SIGALRM and are turned off."""
+def load_comparison() -> tuple[Callable[[str, str], bool], Callable[[str], bool]]:
+    """Functions (answer, reference) -> bool and answer -> bool. math-verify's own timeouts need SIGALRM and are off."""
     from math_verify import LatexExtractionConfig, parse, verify
 
     logging.disable(logging.CRITICAL)
@@ -69,7 +75,14 @@ def load_comparison() -> Callable[[str, str], bool]:
             return False
         return bool(verify(right, left, timeout_seconds=None))
 
-    return equal
+    def is_expression(answer: str) -> bool:
+        parsed = parse_box(answer)
+        # What the parser cannot read it returns as text, which would equal nothing but its own copy.
+        if not parsed or isinstance(parsed[0], str):
+            return False
+        return bool(verify(parsed, parsed, timeout_seconds=None)) and not equal(WRONG_ANSWER, answer)
+
+    return equal, is_expression
 
 
 def surely_different(left: Any, right: Any) -> bool:
