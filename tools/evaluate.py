@@ -160,7 +160,8 @@ Command: TypeAlias = (
 
 def main() -> None:
     with plain_errors():
-        command: Command = tyro.cli(Command, description=__doc__)
+        # The help keeps the lines of paragraphs apart, and no others.
+        command: Command = tyro.cli(Command, description=(__doc__ or "").replace("\npython", "\n\npython"))
         match command:
             case Run():
                 run(command)
