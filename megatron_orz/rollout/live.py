@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout import INITIAL_VERSION
+from megatron_orz.rollout.client import LIMITS, GenerationRequest
 from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.servers import ServerError
-from megatron_orz.types import FinishReason, Prompt, Rollout
+from megatron_orz.rollout.token import authorization
+from megatron_orz.rollout.vllm_client import VLLMClient
+from megatron_orz.types import Prompt, Rollout
 
 _CONTROL_TIMEOUT_S = 60.0
 _MAX_REQUESTS_IN_FLIGHT = 128
-_FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort")
 
 
 class LiveServer:
@@ -28,11 +31,10 @@ class LiveServer:
     def __init__(self, url: str, sampling: SamplingConfig, *, request_timeout_s: float) -> None:
         self.url = url.rstrip("/")
         self._sampling = sampling
-        self._request_timeout_s = request_timeout_s
         models = self._get("/v1/models") or {}
         if not models.get("data"):
             raise ServerError(f"the server at {self.url} serves no model; name a vLLM server")
-        self._model = models["data"][0]["id"]
+        self._client = VLLMClient(self.url, request_timeout_s=request_timeout_s, model=models["data"][0]["id"])
 
     def weight_version(self) -> str | None:
         """The version of the weights that a run has given the server; None for one that belongs to no run."""
@@ -66,80 +68,30 @@ class LiveServer:
         self, prompts: Sequence[Prompt], num_responses: int, seed: int, version: int, on_rollout: Callable[[], None]
     ) -> list[Rollout]:
         vacancies = asyncio.Semaphore(_MAX_REQUESTS_IN_FLIGHT)
-        body = self._body(num_responses)
 
         async def siblings(http: httpx.AsyncClient, index: int, prompt: Prompt) -> list[Rollout]:
-            request = {**body, "prompt": prompt.token_ids, "seed": prompt_seed(seed, index)}
+            request = GenerationRequest(
+                request_id=f"live-{uuid4()}",
+                prompt=prompt,
+                num_responses=num_responses,
+                seed=prompt_seed(seed, index),
+                sampling=self._sampling,
+                version=version,
+            )
             async with vacancies:
-                answer = await self._complete(http, request)
-            rollouts = self._rollouts(answer, prompt, num_responses, version)
+                rollouts = await self._client.respond(http, request)
             for _ in rollouts:
                 on_rollout()
             return rollouts
 
-        limits = httpx.Limits(max_connections=None, keepalive_expiry=1.0)
-        async with httpx.AsyncClient(base_url=self.url, limits=limits, timeout=None, trust_env=False) as http:
+        async with httpx.AsyncClient(limits=LIMITS, trust_env=False, headers=authorization()) as http:
             answers = await asyncio.gather(*(siblings(http, *item) for item in enumerate(prompts)))
         return [rollout for answer in answers for rollout in answer]
-
-    async def _complete(self, http: httpx.AsyncClient, request: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(self._request_timeout_s):
-                response = await http.post("/v1/completions", json=request)
-        except TimeoutError as error:
-            raise ServerError(
-                f"{self.url} did not answer within fleet.request_timeout_s = {self._request_timeout_s:g} s; "
-                "raise it, or lower num_responses"
-            ) from error
-        except httpx.TransportError as error:
-            raise ServerError(f"the connection to {self.url} broke: {error!r}") from error
-        return _json(response)
-
-    def _body(self, num_responses: int) -> dict[str, Any]:
-        """What all prompts share. Parameters that a model's generation_config.json may set are given, to undo it."""
-        sampling = self._sampling
-        return {
-            "model": self._model,
-            "n": num_responses,
-            "max_tokens": sampling.max_response_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "stop": list(sampling.stop),
-            "include_stop_str_in_output": True,
-            "skip_special_tokens": False,
-            "return_token_ids": True,
-            "logprobs": 0,
-        }
-
-    def _rollouts(self, answer: Mapping[str, Any], prompt: Prompt, num_responses: int, version: int) -> list[Rollout]:
-        try:
-            choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-            rollouts = [
-                Rollout(
-                    prompt=prompt,
-                    response_ids=list(choice["token_ids"]),
-                    rollout_log_probs=list(choice["logprobs"]["token_logprobs"]),
-                    finish_reason=_FINISH_REASONS[_FINISH_REASONS.index(choice["finish_reason"])],
-                    policy_version=version,
-                )
-                for choice in choices
-            ]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ServerError(
-                f"the server at {self.url} does not answer as vLLM does ({error!r}); name a vLLM server of version "
-                "0.10.2 or later, which returns token ids"
-            ) from error
-        if len(rollouts) != num_responses:
-            raise ServerError(f"the server at {self.url} sent {len(rollouts)} responses, not {num_responses}")
-        return rollouts
 
     def _get(self, path: str) -> dict[str, Any] | None:
         """The JSON answer to a GET; None where the server has no such path."""
         try:
-            response = httpx.get(self.url + path, timeout=_CONTROL_TIMEOUT_S, trust_env=False)
+            response = httpx.get(self.url + path, timeout=_CONTROL_TIMEOUT_S, trust_env=False, headers=authorization())
         except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise ServerError(f"{self.url}{path} cannot be reached ({error!r}); check the address") from error
         return None if response.status_code == httpx.codes.NOT_FOUND else _json(response)

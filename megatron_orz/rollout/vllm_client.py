@@ -11,16 +11,23 @@ from megatron_orz.rollout.servers import MODEL_NAME, ServerError
 
 
 class VLLMClient(ServerClient):
-    """A client of one vLLM server."""
+    """A client of one vLLM server.
+
+    model: the name under which it serves the model.
+    """
 
     generate_path = "/v1/completions"
     progress_metrics = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
+
+    def __init__(self, url: str, *, request_timeout_s: float, model: str = MODEL_NAME) -> None:
+        super().__init__(url, request_timeout_s=request_timeout_s)
+        self._model = model
 
     def body(self, request: GenerationRequest) -> dict[str, Any]:
         """The JSON of a generation request."""
         sampling = request.sampling
         return {
-            "model": MODEL_NAME,
+            "model": self._model,
             "request_id": request.request_id,
             "prompt": request.prompt.token_ids,
             "n": request.num_responses,
