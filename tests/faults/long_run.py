@@ -123,6 +123,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--fleet", choices=("local", "vllm"), default="local")
     options = parser.parse_args()
+    if options.steps < 50:
+        parser.error(f"--steps {options.steps} is too few to compare its quarters; give at least 50")
     samples = run_and_sample(options.steps, options.fleet)
     names = [field.name for field in fields(Sample)]
     print("  ".join(f"{name:>10}" for name in names))

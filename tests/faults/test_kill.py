@@ -191,6 +191,7 @@ def test_a_signal_ends_the_step_with_a_checkpoint_and_the_exit_code_for_requeuei
     assert_same(outcome_of(tmp_path), expected)
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_end_in_time_is_given_up(
     recipe: Path, zygote: Zygote, expected: Outcome, tmp_path: Path
 ) -> None:
