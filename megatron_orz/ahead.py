@@ -21,7 +21,14 @@ from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, Rollout
 class BackgroundFleet(Fleet, Protocol):
     """A fleet that can generate while the ranks do something else."""
 
-    def start(self, prompts: Sequence[Prompt], *, num_responses: int, seed: int) -> None:
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> None:
         """Begins a `generate`; nothing else may be asked of the fleet before `finish`."""
         ...
 
@@ -43,8 +50,18 @@ class OneStepAhead:
     Weights are swapped between responses: an update waits for those under way.
     """
 
-    def __init__(self, fleet: BackgroundFleet, prompts: PromptStream, *, last_seed: int) -> None:
-        """prompts: the stream of the loop, whose next prompts are asked ahead, under the next seed, up to last_seed."""
+    def __init__(
+        self,
+        fleet: BackgroundFleet,
+        prompts: PromptStream,
+        *,
+        last_seed: int,
+        on_span: Callable[[str, float, float], None] | None = None,
+    ) -> None:
+        """prompts: the stream of the loop, whose next prompts are asked ahead, under the next seed, up to last_seed.
+
+        on_span: called with a name, the start and the end of generation that went on in the background.
+        """
         self._fleet = fleet
         self._prompts = prompts
         self._last_seed = last_seed
@@ -52,6 +69,8 @@ class OneStepAhead:
         self._under_way: _Order | None = None
         self._ready: tuple[_Order, list[Rollout]] | None = None
         self._metrics: Metrics = {}
+        self._on_span = on_span
+        self._started = self._latest = 0.0
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Waits for the responses under way, then replaces the weights of every server."""
@@ -59,6 +78,8 @@ class OneStepAhead:
         if self._under_way is not None:
             self._ready = self._under_way, self._fleet.finish()
             self._under_way = None
+            if self._on_span is not None:
+                self._on_span("generate ahead", self._started, self._latest)
         self._metrics = {"staleness/wait_s": time.perf_counter() - start}
         self._fleet.update_weights(weights, version)
         self._version = version
@@ -85,8 +106,12 @@ class OneStepAhead:
         if seed < self._last_seed:
             following = self._prompts.upcoming(len(prompts))
             self._under_way = _Order(prompts=following, num_responses=num_responses, seed=seed + 1)
-            self._fleet.start(following, num_responses=num_responses, seed=seed + 1)
+            self._started = self._latest = time.perf_counter()
+            self._fleet.start(following, num_responses=num_responses, seed=seed + 1, on_rollout=self._note_time)
         return rollouts
+
+    def _note_time(self) -> None:
+        self._latest = time.perf_counter()
 
     def metrics(self) -> Metrics:
         """Of the last step: how many versions its rollouts were behind, and how long the update waited for others."""

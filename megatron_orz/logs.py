@@ -100,6 +100,7 @@ class RunLog:
         self._gauges: list[Callable[[], Metrics]] = []
         self._distributions: dict[str, Sequence[float]] = {}
         self._trackers: Trackers | None = None
+        self._listeners: list[Callable[[str, float, float], None]] = []
         if is_main:
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -143,7 +144,10 @@ class RunLog:
             yield
         finally:
             self._on_progress(name)
-            self._seconds[f"time/{name}_s"] += time.perf_counter() - start
+            end = time.perf_counter()
+            self._seconds[f"time/{name}_s"] += end - start
+            for listener in self._listeners:
+                listener(name, start, end)
 
     @contextmanager
     def progress(self, description: str, *, total: int) -> Iterator[Callable[[], None]]:
@@ -167,6 +171,10 @@ class RunLog:
     def include(self, gauge: Callable[[], Metrics]) -> None:
         """Adds what `gauge` says at the time to every later record."""
         self._gauges.append(gauge)
+
+    def listen(self, on_span: Callable[[str, float, float], None]) -> None:
+        """Calls `on_span(name, start, end)` after every later span, in seconds of `time.perf_counter`."""
+        self._listeners.append(on_span)
 
     def distribution(self, name: str, values: Sequence[float]) -> None:
         """Shows the values as a histogram with the next record; none are not shown."""

@@ -36,6 +36,7 @@ from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
+from megatron_orz.timeline import TIMELINE_FILE, Timeline
 from megatron_orz.trackers import check_trackers
 from megatron_orz.types import Critic, Fleet, Grader, Policy, Prompt, Stateful
 from megatron_orz.watchdog import Watchdog
@@ -140,7 +141,11 @@ def train(config: Config) -> None:
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
-        step_fleet, step_grader = with_options(config, fleet, grader, stream, log)
+        timeline = None
+        if is_main and config.ppo.max_staleness:
+            timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
+            log.listen(timeline.on_trainer)
+        step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline)
         step_policy: Policy = policy
         step_critic: Critic = critic
         if config.fleet.colocated and isinstance(fleet, ServerFleet):
@@ -174,7 +179,12 @@ def train(config: Config) -> None:
 
 
 def with_options(
-    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
+    config: Config,
+    fleet: Fleet,
+    grader: Grader,
+    prompts: PromptStream,
+    log: RunLog,
+    timeline: Timeline | None,
 ) -> tuple[Fleet, Grader]:
     """The fleet and the grader of the training steps, with the options of `resampling` and `ahead`."""
     step_fleet, step_grader = fleet, grader
@@ -183,7 +193,8 @@ def with_options(
         log.include(oversampling.metrics)
     if config.ppo.max_staleness and isinstance(fleet, ServerFleet):
         last_seed = ppo.rollout_seed(config.seed, config.ppo.num_steps - 1)
-        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed)
+        on_span = timeline.on_servers if timeline is not None else None
+        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed, on_span=on_span)
         log.include(ahead.metrics)
     if config.ppo.max_resampling_rounds:
         step_grader = dynamic = DynamicSampling(

@@ -49,7 +49,14 @@ class Servers:
         self.events.append(f"generate {seed}")
         return self.answers(prompts, num_responses, seed)
 
-    def start(self, prompts: Sequence[Prompt], *, num_responses: int, seed: int) -> None:
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> None:
         assert self.started is None
         self.events.append(f"start {seed}")
         self.started = self.answers(prompts, num_responses, seed)

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resampling": {"types", "data"},
     "colocation": {"types"},
     "ahead": {"types", "data"},
+    "timeline": set(),
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},

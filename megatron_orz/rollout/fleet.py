@@ -128,12 +128,21 @@ class ServerFleet:
         answered, arrays = self._ranks.broadcast(answers)
         return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses, version=self._version)
 
-    def start(self, prompts: Sequence[Prompt], *, num_responses: int, seed: int) -> None:
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> None:
         """Begins a `generate` that goes on while the ranks do something else; nothing else may be asked meanwhile."""
         assert self._started is None, "finish comes first"
         under_way = None
         if self._servers is not None:
-            under_way = self._servers.start(prompts, num_responses=num_responses, seed=seed, version=self._version)
+            under_way = self._servers.start(
+                prompts, num_responses=num_responses, seed=seed, version=self._version, on_rollout=on_rollout
+            )
         self._started = list(prompts), num_responses, under_way
 
     def finish(self) -> list[Rollout]:
