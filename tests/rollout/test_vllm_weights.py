@@ -217,8 +217,8 @@ def test_a_bfloat16_server_of_a_float32_trainer_holds_the_rounded_weights(
         sender.send(named_weights(model), 0)
         num_elements = sum(parameter.numel() for parameter in model.parameters())
         assert sender.metrics()["sync/gib"] * 2**30 == 2 * num_elements
-        # The activations are rounded as well: tenths of a nat, where other weights are off by several.
-        assert half.log_prob_error(model) < 0.5
+        # The activations are rounded as well: tenths of a nat, where other weights are off by more than one.
+        assert half.log_prob_error(model) < 1
 
 
 def test_experts_are_packed_anew_and_read_back(tmp_path: Path) -> None:
