@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 TOOL = Path(__file__).parent.parent / "tools" / "evaluate.py"
+TIMEOUT_S = 3600
 BASE, TRAINED = Path("runs/demo-base"), Path("runs/demo")
 SETTINGS = [
     *("--template", "short", "--max-prompt-tokens", "64", "--num-responses", "16"),
@@ -24,7 +25,7 @@ def evaluate(model: Path, output: Path, options: list[str]) -> None:
     """The scores of one checkpoint, recorded in `output`."""
     data = str(BASE / "held_out.jsonl")
     arguments = ["run", "--model", str(model), "--data", data, "--output", str(output), *SETTINGS, *options]
-    subprocess.run([sys.executable, str(TOOL), *arguments], check=True)
+    subprocess.run([sys.executable, str(TOOL), *arguments], check=True, timeout=TIMEOUT_S)
 
 
 def main(options: list[str]) -> None:
@@ -34,9 +35,13 @@ def main(options: list[str]) -> None:
         for model, output in zip((BASE, TRAINED), outputs, strict=True):
             evaluate(model, output, options)
         first, second = map(str, outputs)
-        subprocess.run([sys.executable, str(TOOL), "compare", "--first", first, "--second", second], check=True)
+        subprocess.run(
+            [sys.executable, str(TOOL), "compare", "--first", first, "--second", second], check=True, timeout=TIMEOUT_S
+        )
     except subprocess.CalledProcessError as error:
         sys.exit(error.returncode)
+    except subprocess.TimeoutExpired:
+        sys.exit(f"error: an evaluation took longer than {TIMEOUT_S} s; run tools/evaluate.py with fewer responses")
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def test_help_lists_every_option_with_its_default(home: Path, capfd: pytest.Capt
     for option in (
         "--ppo.num-steps INT",
         "--sampling.temperature FLOAT",
-        "--fleet.kind {vllm,local}",
+        "--fleet.kind {vllm,sglang,local}",
         "--run-dir PATH",
     ):
         assert option in said
@@ -532,6 +532,7 @@ def test_a_disk_too_small_for_a_second_checkpoint_keeps_the_first(
 ) -> None:
     with disk_of(tmp_path / "disk", 7000) as disk:
         at_every_step = ("--run-dir", str(disk / "run"), "--checkpoint.interval", "1", "--ppo.num-steps", "3")
+        at_every_step += ("--generations.interval", "0", "--checkpoint.no-asynchronous")
         for _ in range(2):
             assert command_line(home, *at_every_step) == 2
             expected = (
@@ -539,7 +540,7 @@ def test_a_disk_too_small_for_a_second_checkpoint_keeps_the_first(
             )
             assert re.fullmatch(expected, sentence(capfd.readouterr().err.splitlines()[-1]))
         assert command_line(home, *at_every_step, "--checkpoint.interval", "0") == 0
-        assert command_line(home, "--ppo.num-steps", "3") == 0
+        assert command_line(home, "--ppo.num-steps", "3", "--generations.interval", "0") == 0
         assert json.dumps(without_times(disk / "run")) == json.dumps(without_times(tmp_path / "run"))
 
 

@@ -179,7 +179,7 @@ def run(command: Run) -> None:
 
     disable_progress_bar()  # transformers draws one for every model it loads
     path = model_directory(command.model)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     benchmarks = [load(command, file, tokenizer) for file in command.data]
     for benchmark in benchmarks:
         report_faults(f"{benchmark}", benchmark.dropped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
@@ -13,6 +14,8 @@ import torch
 
 from megatron_orz.rollout.digests import Block, as_matrix, digest
 from megatron_orz.rollout.receiving import Offer, WeightReceiver
+
+_END_TIMEOUT_S = 30.0
 
 
 class BareServer:
@@ -50,12 +53,12 @@ class BareServer:
         """Raises RuntimeError with what went wrong in the process, EOFError when it has died."""
         with self._turn:
             self._num_requests += 1
-            self._pipe.send((self._num_requests, path, body))
+            self._pipe.send_bytes(json.dumps([self._num_requests, path, body]).encode())
             number = 0
             while number != self._num_requests:  # answers to requests that took too long come first
                 if not self._pipe.poll(timeout_s):
                     raise TimeoutError(f"{path} took longer than {timeout_s:g} s")
-                number, answer = self._pipe.recv()
+                number, answer = json.loads(self._pipe.recv_bytes())
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return dict(answer)
@@ -67,7 +70,7 @@ class BareServer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(_END_TIMEOUT_S)
         self._pipe.close()
 
 
@@ -76,14 +79,14 @@ def _serve(pipe: Connection, verifies: bool, device: str, dtype: str) -> None:
     server = _Server(verifies, torch.device(device), dtype)
     while True:
         try:
-            number, path, body = pipe.recv()
+            number, path, body = json.loads(pipe.recv_bytes())
         except EOFError:
             return
         try:
             answer = server.answer(path, body or {})
         except Exception as error:  # whatever it is, the other side has to learn of it
             answer = {"error": f"{type(error).__name__}: {error}"}
-        pipe.send((number, answer))
+        pipe.send_bytes(json.dumps([number, answer]).encode())
 
 
 class _Server:

@@ -51,8 +51,12 @@ def load_critic(path: Path, *, device: str) -> tuple[PreTrainedModel, PreTrained
             "labels, not a token classifier with one; give a critic's checkpoint, such as final-critic/"
         )
     disable_progress_bar()
-    critic = AutoModelForTokenClassification.from_pretrained(path, local_files_only=True).to(device).eval()
-    return critic, AutoTokenizer.from_pretrained(path, local_files_only=True)
+    critic = (
+        AutoModelForTokenClassification.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        .to(device)
+        .eval()
+    )
+    return critic, AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
 def value_responses(

@@ -32,6 +32,7 @@ _MOUNT_SETATTR, _AT_FDCWD, _AT_RECURSIVE, _ATTR_RDONLY, _ATTR_NOSUID = 442, -100
 _NOBODY = 65534
 _SPARE_USER = 1_000_000_000
 _POLL_S = 0.002
+_MAX_FILES = 4096
 
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
@@ -134,7 +135,13 @@ def enter_new_root(mount_point: Path, scratch_mib: float) -> None:
     _mount("tmpfs", mount_point, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=755")
     home = mount_point / "tmp"
     home.mkdir()
-    _mount("tmpfs", home, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={int(scratch_mib * 2**20)},mode=1777")
+    _mount(
+        "tmpfs",
+        home,
+        "tmpfs",
+        _MS_NOSUID | _MS_NODEV,
+        f"size={int(scratch_mib * 2**20)},nr_inodes={_MAX_FILES},mode=1777",
+    )
     system = ["/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"]
     for source in map(Path, [*system, *installations(sys.executable)]):
         target = mount_point / source.relative_to("/")

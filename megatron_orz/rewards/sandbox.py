@@ -81,7 +81,7 @@ def _run(scratch: Path, stdin: int, stdout: int, stderr: int, limits: Limits) ->
             process.wait(limits.wall_s + _MARGIN_S)
         except subprocess.TimeoutExpired:
             process.kill()  # its children end with it
-            process.wait()
+            process.wait(_MARGIN_S)
         text = report.read()
     if not text:
         raise RuntimeError(

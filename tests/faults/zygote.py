@@ -215,7 +215,7 @@ def _kill_verifier(count: int) -> None:
     compare, calls = _Worker.compare, itertools.count(1)
 
     def after_a_kill(self: Any, answer: str, reference: str) -> bool | None:
-        if next(calls) == count and self._process is not None:
+        if self._process is not None and next(calls) == count:
             print("verifier process killed", flush=True)
             self._process.kill()
             self._process.wait()

@@ -24,6 +24,7 @@ from megatron_orz.rollout import transport
 from megatron_orz.rollout.client import GenerationRequest
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.rollout.servers import RefusedError, ServerError, free_port
+from megatron_orz.rollout.token import authorization
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.types import Fleet, Prompt, RepeatableWeights, Rollout
 from tests.launch import run_ranks
@@ -86,7 +87,7 @@ def ask(url: str, prompts: list[Prompt], sampling: SamplingConfig) -> list[Rollo
             for index, prompt in enumerate(prompts)
         ]
         with VLLMClient(url, request_timeout_s=60) as client:
-            async with httpx.AsyncClient(trust_env=False) as http:
+            async with httpx.AsyncClient(trust_env=False, headers=authorization()) as http:
                 return await asyncio.gather(*(client.respond(http, request) for request in requests))
 
     return list(chain.from_iterable(asyncio.run(ask_all())))
@@ -165,10 +166,12 @@ def test_updates_of_a_tied_model_reach_every_weight(tied: Running) -> None:
 
 def test_a_foreign_update_is_noticed(tied: Running) -> None:
     tied.fleet.update_weights(named_weights(tiny_model(tied=True, seed=0)), 5)
-    httpx.post(f"{tied.url}/update_weight_version", json={"new_version": "6"}, trust_env=False).raise_for_status()
+    with VLLMClient(tied.url, request_timeout_s=60) as client:
+        client.set_version(6)
     with pytest.raises(ServerError, match="holds weights of version 6, not 5"):
         tied.fleet.generate(make_prompts(1), num_responses=1, seed=0)
-    httpx.post(f"{tied.url}/update_weight_version", json={"new_version": "5"}, trust_env=False).raise_for_status()
+    with VLLMClient(tied.url, request_timeout_s=60) as client:
+        client.set_version(5)
 
 
 def test_a_prompt_too_long_for_the_server_is_refused_with_its_reason(tied: Running) -> None:
