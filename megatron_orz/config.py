@@ -160,6 +160,10 @@ class PPOConfig:
     """Clip range of the probability ratio."""
     value_clip_eps: float = 0.2
     """Clip range of the value around its old one; 0 turns value clipping off."""
+    importance_cap: float = 0.0
+    """A token's loss weighs min(pi_old / pi_rollout, cap), for rollouts of an older policy; 0 leaves the weight out."""
+    max_staleness: int = 0
+    """Policy versions rollouts may be behind: 0 waits for the servers; 1 lets them generate a step ahead meanwhile."""
     oversampling: float = 0.0
     """Share of prompts asked in addition; a step goes on without those answered last. It favours short responses."""
     max_resampling_rounds: int = 0
@@ -172,6 +176,8 @@ class PPOConfig:
             _require(getattr(self, name) >= 1, f"ppo.{name} {getattr(self, name)} is not at least 1")
         for name in ("gamma", "gae_lambda"):
             _require(0 <= getattr(self, name) <= 1, f"ppo.{name} {getattr(self, name)} is outside [0, 1]")
+        _require(self.importance_cap >= 0, f"ppo.importance_cap {self.importance_cap} is negative; 0 turns it off")
+        _require(self.max_staleness in (0, 1), f"ppo.max_staleness {self.max_staleness} is neither 0 nor 1")
         _require(self.oversampling >= 0, f"ppo.oversampling {self.oversampling} is negative; 0 turns it off")
         rounds = self.max_resampling_rounds
         _require(rounds >= 0, f"ppo.max_resampling_rounds {rounds} is negative; 0 turns resampling off")
@@ -383,6 +389,17 @@ class Config:
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
         )
+        if self.ppo.max_staleness:
+            _require(
+                self.fleet.kind != "local" and not self.fleet.colocated,
+                f"ppo.max_staleness {self.ppo.max_staleness} needs servers that compute beside the trainer; set it to "
+                "0, or fleet.kind to vllm and fleet.colocated to false",
+            )
+            _require(
+                not self.ppo.oversampling and not self.ppo.max_resampling_rounds,
+                f"ppo.max_staleness {self.ppo.max_staleness} asks for prompts a step ahead, which ppo.oversampling and "
+                "ppo.max_resampling_rounds would change; set either to 0",
+            )
         _require(
             self.fleet.kind != "local" or self.ppo.oversampling == 0,
             f"ppo.oversampling {self.ppo.oversampling} needs servers, which answer prompts apart; "

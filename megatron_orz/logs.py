@@ -71,6 +71,7 @@ class RunLog:
         self._is_main = is_main
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._gauges: list[Callable[[], Metrics]] = []
+        self._listeners: list[Callable[[str, float, float], None]] = []
         if is_main:
             with _writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,10 @@ class RunLog:
         try:
             yield
         finally:
-            self._seconds[f"time/{name}_s"] += time.perf_counter() - start
+            end = time.perf_counter()
+            self._seconds[f"time/{name}_s"] += end - start
+            for listener in self._listeners:
+                listener(name, start, end)
 
     @contextmanager
     def progress(self, description: str, *, total: int) -> Iterator[Callable[[], None]]:
@@ -116,6 +120,10 @@ class RunLog:
     def include(self, gauge: Callable[[], Metrics]) -> None:
         """Adds what `gauge` says at the time to every later record."""
         self._gauges.append(gauge)
+
+    def listen(self, on_span: Callable[[str, float, float], None]) -> None:
+        """Calls `on_span(name, start, end)` after every later span, in seconds of `time.perf_counter`."""
+        self._listeners.append(on_span)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a row of metrics, with the gauges and the spans since the last one, and prints its line."""

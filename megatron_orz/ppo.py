@@ -53,7 +53,7 @@ def run(
     evaluate: the held-out scores of the policy the fleet holds.
     """
     ppo, interval = config.ppo, config.evaluation.interval
-    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps)
+    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps, importance_cap=ppo.importance_cap)
     squared_error = ClippedValueLoss(ppo.value_clip_eps)
     for step in range(ppo.num_steps + 1):
         start = time.perf_counter()

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
+from megatron_orz.ahead import OneStepAhead
 from megatron_orz.checkpoint import export_hf
 from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
 from megatron_orz.command_line import parse, plain_errors, rank, world_size
@@ -29,6 +30,7 @@ from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import MathGrader
 from megatron_orz.rewards.math_answer import Verifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
+from megatron_orz.timeline import TIMELINE_FILE, Timeline
 from megatron_orz.types import Critic, Fleet, Grader, Policy, Prompt
 
 if TYPE_CHECKING:
@@ -94,7 +96,11 @@ def train(config: Config) -> None:
         grader = MathGrader(verifier, tokenizer, ranks)
         num_responses = config.evaluation.num_responses
         stream = PromptStream(prompts, seed=config.seed)
-        step_fleet, step_grader = with_resampling(config, fleet, grader, stream, log)
+        timeline = None
+        if is_main and config.ppo.max_staleness:
+            timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
+            log.listen(timeline.on_trainer)
+        step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline)
         step_policy: Policy = policy
         step_critic: Critic = critic
         if config.fleet.colocated and isinstance(fleet, ServerFleet):
@@ -120,14 +126,24 @@ def train(config: Config) -> None:
             summarise(config, log)
 
 
-def with_resampling(
-    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
+def with_options(
+    config: Config,
+    fleet: Fleet,
+    grader: Grader,
+    prompts: PromptStream,
+    log: RunLog,
+    timeline: Timeline | None,
 ) -> tuple[Fleet, Grader]:
-    """The fleet and the grader of the training steps, with the options of `resampling`."""
+    """The fleet and the grader of the training steps, with the options of `resampling` and `ahead`."""
     step_fleet, step_grader = fleet, grader
     if config.ppo.oversampling and isinstance(fleet, ServerFleet):
         step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
         log.include(oversampling.metrics)
+    if config.ppo.max_staleness and isinstance(fleet, ServerFleet):
+        last_seed = ppo.rollout_seed(config.seed, config.ppo.num_steps - 1)
+        on_span = timeline.on_servers if timeline is not None else None
+        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed, on_span=on_span)
+        log.include(ahead.metrics)
     if config.ppo.max_resampling_rounds:
         step_grader = dynamic = DynamicSampling(
             grader,

@@ -27,6 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rollout": {"types", "config", "ranks"},
     "resampling": {"types", "data"},
     "colocation": {"types"},
+    "ahead": {"types", "data"},
+    "timeline": set(),
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs"},
     "checkpoint": {"types", "config", "ranks"},

@@ -15,25 +15,36 @@ from megatron_orz.ops.reference import clipped_squared_error
 from megatron_orz.types import Experience, LossMean, LossOutput, PackedBatch, PolicyOutput
 
 
-def policy_loss(output: PolicyOutput, experience: Experience, *, clip_eps: float) -> LossOutput:
-    """PPO's clipped surrogate: -min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi / pi_old.
+def policy_loss(
+    output: PolicyOutput, experience: Experience, *, clip_eps: float, importance_cap: float = 0.0
+) -> LossOutput:
+    """PPO's clipped surrogate: -w min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi / pi_old.
 
-    The KL divergence from pi_old is estimated as rho - 1 - log rho, which is never negative.
+    w = min(pi_old / pi_rollout, importance_cap), token by token, corrects for responses sampled by an older policy, or
+    by a server that computes otherwise (truncated importance sampling); a cap of 0 leaves it out. KL divergences are
+    estimated as r - 1 - log r, which is never negative: from pi_old with r = rho, from pi_rollout with r = the ratio
+    whose expectation under pi_rollout is 1.
     """
     # Prompt tokens do not count, and must not overflow the exponential.
     log_ratio = torch.where(experience.loss_mask, output.log_probs - experience.old_log_probs, 0.0)
     ratio = log_ratio.exp()
     unclipped = -ratio * experience.advantages
     clipped = -ratio.clamp(1 - clip_eps, 1 + clip_eps) * experience.advantages
-    return LossOutput(
-        per_token=torch.maximum(unclipped, clipped),
-        metrics={
-            "policy/clip_share": (clipped > unclipped).float(),
-            "policy/approx_kl": (ratio - 1 - log_ratio).detach(),
-            "policy/entropy": output.entropy.detach(),
-            "policy/ratio": ratio.detach(),
-        },
-    )
+    per_token = torch.maximum(unclipped, clipped)
+    log_importance = torch.where(experience.loss_mask, experience.old_log_probs - experience.rollout_log_probs, 0.0)
+    importance = log_importance.exp()
+    metrics = {
+        "policy/clip_share": (clipped > unclipped).float(),
+        "policy/approx_kl": (ratio - 1 - log_ratio).detach(),
+        "policy/entropy": output.entropy.detach(),
+        "policy/ratio": ratio.detach(),
+        "importance/ratio": importance,
+        "importance/kl": importance - 1 - log_importance,
+    }
+    if importance_cap:
+        per_token = importance.clamp(max=importance_cap) * per_token
+        metrics["importance/clip_share"] = (importance > importance_cap).float()
+    return LossOutput(per_token=per_token, metrics=metrics)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -64,12 +65,14 @@ class ServerFleet:
         self._servers = servers
         self._ranks = ranks
         self._version = INITIAL_VERSION
+        self._started: tuple[list[Prompt], int, Future[tuple[list[int], list[Rollout]]] | None] | None = None
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Replaces the weights of every server that is up.
 
         When servers die of it, the weights are gathered and sent once more, if they can be.
         """
+        assert self._started is None, "requests are under way: finish comes first"
         for attempt in range(1, MAX_UPDATES + 1):
             lost = ""
             is_last = attempt == MAX_UPDATES or not isinstance(weights, RepeatableWeights)
@@ -124,6 +127,34 @@ class ServerFleet:
                 answers = answered, RolloutArrays.pack(rollouts)
         answered, arrays = self._ranks.broadcast(answers)
         return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses, version=self._version)
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> None:
+        """Begins a `generate` that goes on while the ranks do something else; nothing else may be asked meanwhile."""
+        assert self._started is None, "finish comes first"
+        under_way = None
+        if self._servers is not None:
+            under_way = self._servers.start(
+                prompts, num_responses=num_responses, seed=seed, version=self._version, on_rollout=on_rollout
+            )
+        self._started = list(prompts), num_responses, under_way
+
+    def finish(self) -> list[Rollout]:
+        """Waits for the rollouts of what `start` began."""
+        assert self._started is not None, "start comes first"
+        (prompts, num_responses, under_way), self._started = self._started, None
+        arrays = None
+        with self._ranks.share_fate("generation"):
+            if under_way is not None:
+                _, rollouts = under_way.result()
+                arrays = RolloutArrays.pack(rollouts)
+        return self._ranks.broadcast(arrays).unpack(prompts, num_responses=num_responses, version=self._version)
 
     def sleep(self) -> None:
         """Gives up the GPU memory of all servers, and with it the weights: an update comes next."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -119,6 +119,26 @@ class ServerGroup:
         num_groups: of the prompts, those answered first; None: all of them.
         Returns which prompts were answered, and their rollouts.
         """
+        return self.start(
+            prompts,
+            num_responses=num_responses,
+            seed=seed,
+            version=version,
+            num_groups=num_groups,
+            on_rollout=on_rollout,
+        ).result()
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        version: int,
+        num_groups: int | None = None,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> Future[tuple[list[int], list[Rollout]]]:
+        """A `generate` that goes on while the caller does something else."""
         requests = [
             GenerationRequest(
                 request_id=f"v{version}-s{seed}-p{index}",
@@ -130,10 +150,7 @@ class ServerGroup:
             )
             for index, prompt in enumerate(prompts)
         ]
-        if not requests:
-            return [], []
-        answers = self._portal.call(self._answer, requests, version, num_groups, on_rollout)
-        return list(answers), [rollout for siblings in answers.values() for rollout in siblings]
+        return self._portal.start_task_soon(self._answer, requests, version, num_groups, on_rollout)
 
     def sleep(self) -> None:
         """Gives up the GPU memory of all servers, and with it the weights. No server is started anew until `wake`."""
@@ -163,14 +180,16 @@ class ServerGroup:
         version: int,
         num_groups: int | None,
         on_rollout: Callable[[], None] | None,
-    ) -> dict[int, list[Rollout]]:
+    ) -> tuple[list[int], list[Rollout]]:
+        if not requests:
+            return [], []
         await self._check_version(version)
         answers = await self._router.answer(requests, num_needed=num_groups, on_rollout=on_rollout)
         await self._check_version(version)
         if len(answers) < len(requests):
             # A server notices at some time that nobody waits for an answer; nothing may be left at the next update.
             await asyncio.gather(*(replica.drop_requests() for replica in self._replicas if replica.is_up))
-        return answers
+        return list(answers), [rollout for siblings in answers.values() for rollout in siblings]
 
     async def _check_version(self, version: int) -> None:
         """Raises ServerError when a server holds other weights than it was given."""

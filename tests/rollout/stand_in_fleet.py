@@ -56,6 +56,9 @@ class StandIns:
     processes: dict[int, InferenceServer]
     """The latest process of each."""
 
+    def __post_init__(self) -> None:
+        self.fleet = ServerFleet(self.group, ranks=Ranks())
+
     def pid(self, index: int) -> int:
         """Of the server itself, not of its supervisor."""
         (child,) = psutil.Process(self.processes[index].pid).children()
@@ -85,7 +88,7 @@ class StandIns:
 
     def update(self, version: int) -> None:
         """As a run does it, with weights that can be gathered again."""
-        ServerFleet(self.group, ranks=Ranks()).update_weights(RepeatableWeights(lambda: iter([])), version)
+        self.fleet.update_weights(RepeatableWeights(lambda: iter([])), version)
 
 
 @contextmanager

@@ -47,6 +47,27 @@ def test_siblings_go_to_one_server_and_prompts_to_all(tmp_path: Path) -> None:
         assert contents(servers.generate(prompts, version=5)) == expected(prompts, version=5)
 
 
+def test_servers_generate_in_the_background(tmp_path: Path) -> None:
+    prompts = make_prompts(6)
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.update(1)
+        for index in range(2):
+            servers.fault(index, delay_s=1.0, slow_s=1.0)
+        fleet = servers.fleet
+        started = time.monotonic()
+        fleet.start(prompts, num_responses=3, seed=0)
+        assert time.monotonic() - started < 0.5
+        with pytest.raises(AssertionError, match="finish comes first"):
+            fleet.update_weights(iter([]), 2)
+        assert contents(fleet.finish()) == expected(prompts, version=1)
+        assert time.monotonic() - started >= 1.0
+        servers.kill(0)
+        servers.kill(1)
+        fleet.start(prompts, num_responses=3, seed=0)
+        with pytest.raises(ServerError, match="0 of 2 servers can answer"):
+            fleet.finish()
+
+
 def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=7) as servers:
         for index in range(2):
