@@ -217,7 +217,7 @@ def test_a_server_that_stalls_ends_at_the_deadline(tmp_path: Path) -> None:
         sender.close()
 
 
-def test_updates_leak_neither_memory_nor_files(servers: list[BareServer], tmp_path: Path) -> None:
+def test_updates_leak_no_files(servers: list[BareServer], tmp_path: Path) -> None:
     processes = [psutil.Process(), *(psutil.Process(server.process.pid) for server in servers)]
     for kind in KINDS:
         with closing(make_sender(servers, kind, tmp_path)) as sender:
@@ -225,7 +225,8 @@ def test_updates_leak_neither_memory_nor_files(servers: list[BareServer], tmp_pa
             for version in range(12):
                 sender.send(make_weights(version), version)
                 counts.append([process.num_fds() for process in processes])
-            assert counts[-1] == counts[3]
+            # What earlier tests have left behind may be freed meanwhile.
+            assert all(last <= early for early, last in zip(counts[3], counts[-1], strict=True)), counts
 
 
 def test_the_meeting_listens_on_its_own_address_alone(servers: list[BareServer], tmp_path: Path) -> None:
