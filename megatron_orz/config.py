@@ -283,6 +283,8 @@ class FleetConfig:
     """A server that has requests but computes no token for this long is started anew."""
     update_timeout_s: float = 300.0
     """Deadline of one weight update."""
+    dtype: DType | None = None
+    """Type of the weights in servers that are started; by default the policy's."""
     transport: TransportKind = "auto"
     """How weights reach the servers: `ipc` (shared memory, one machine), `nccl`, `gloo`, or `disk` (a folder all see);
     `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs."""

@@ -9,10 +9,11 @@ The two halves of a transport, and the meeting where they keep step, know nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import accumulate, count
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -73,7 +74,6 @@ class WeightSender:
     """Updates servers over one transport: one send reaches all of them.
 
     timeout_s: deadline of connecting, and of one whole update.
-    dtype: of the weights on the way, which is the servers'; None sends them as they are.
     """
 
     def __init__(
@@ -82,22 +82,24 @@ class WeightSender:
         transport: Transport,
         *,
         timeout_s: float,
-        dtype: torch.dtype | None = None,
         verification: Verification = "sampled",
     ) -> None:
         self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
-        self._dtype = dtype
         self._verification = verification
         self._posts = ThreadPoolExecutor(len(clients), "weights")
         self._meeting: Meeting | None = None
+        self._dtype: torch.dtype | None = None  # the servers', and that of the weights on the way
         self._metrics: Metrics = {}
         self._num_messages = 0
         self._num_updates = 0
 
     def connect(self) -> None:
-        """Joins the trainer and the workers of every server, which are numbered in the order of the clients."""
+        """Joins the trainer and the workers of every server, which are numbered in the order of the clients.
+
+        Raises ServerError, RuntimeError, or ValueError when the servers' weights have different types.
+        """
         deadline = _Deadline(self._timeout_s)
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
         address = meeting_address([client.url for client in self._clients])
@@ -109,7 +111,7 @@ class WeightSender:
             "num_workers": sum(sizes),
             "timeout_s": self._timeout_s,
         }
-        joining: list[Future[Any]] = [
+        joining = [
             self._posts.submit(
                 client.post,
                 "/init_weight_transfer_engine",
@@ -118,22 +120,26 @@ class WeightSender:
             )
             for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
         ]
-        # On another thread, so that a server's error is seen at once; the transport's own deadline ends it.
-        with ThreadPoolExecutor(1, "connect") as alone:
-            joining.append(alone.submit(self._transport.connect, self._meeting))
-            _first_error(joining)
+        _first_error([*joining, _in_background(partial(self._transport.connect, self._meeting))])
+        answers = self._post_all(deadline, "/collective_rpc", {"method": "weight_dtype"})
+        dtypes = {worker["dtype"] for answer in answers for worker in answer["results"]}
+        if len(dtypes) != 1:
+            raise ValueError(
+                f"the servers' weights have types {sorted(dtypes)}; start all of them with the same --dtype"
+            )
+        self._dtype = getattr(torch, dtypes.pop())
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; their later rollouts are of `version`.
 
         Raises ServerError, WeightMismatch or RuntimeError; the servers then hold neither the old nor the new weights.
         """
-        started = time.perf_counter()
-        post = partial(self._post_all, _Deadline(self._timeout_s))
+        started, deadline = time.perf_counter(), _Deadline(self._timeout_s)
+        post = partial(self._post_all, deadline)
         digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
         post("/pause", query={"mode": "keep", "clear_cache": "false"})
         post("/start_weight_update")
-        moved = self._stream(digests.watch(weights), _Deadline(self._timeout_s))
+        moved = self._stream(digests.watch(weights), deadline)
         post("/finish_weight_update")
         sent = time.perf_counter()
         if digests.names:
@@ -242,6 +248,21 @@ class _Deadline:
                 f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
             )
         return remaining_s
+
+
+def _in_background(call: Callable[[], None]) -> Future[None]:
+    """Calls it on a thread that nothing waits for: without the other side it cannot end before its deadline."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="connect", daemon=True).start()
+    return future
 
 
 def _first_error(futures: Sequence[Future[Any]]) -> None:

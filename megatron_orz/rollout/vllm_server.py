@@ -55,7 +55,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model.path), "--served-model-name", MODEL_NAME),
         *("--host", host, "--port", str(port)),
-        *("--dtype", model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
+        *("--dtype", fleet.dtype or model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
         *("--tensor-parallel-size", str(fleet.server_tp)),
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),

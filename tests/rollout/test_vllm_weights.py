@@ -12,9 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from megatron_orz.config import FleetConfig, SamplingConfig, TransportKind
+from megatron_orz.config import DType, FleetConfig, SamplingConfig, TransportKind
 from megatron_orz.rollout import transport
 from megatron_orz.rollout.servers import InferenceServer, ServerError
 from megatron_orz.rollout.transport import WeightSender
@@ -22,7 +23,18 @@ from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
 from megatron_orz.rollout.verification import WeightMismatch
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
-from tests.rollout.conftest import log_prob_error, make_prompts, model_config, named_weights, tiny_model
+from megatron_orz.types import NamedWeights
+from tests.rollout.conftest import (
+    CHARACTERS,
+    EOS_ID,
+    PAD_ID,
+    character_tokenizer,
+    log_prob_error,
+    make_prompts,
+    model_config,
+    named_weights,
+    tiny_model,
+)
 from tests.rollout.test_vllm_fleet import ask
 
 pytest.importorskip("vllm")
@@ -52,7 +64,7 @@ class Running:
     def plant(self, fault: str) -> None:
         self.client.post("/collective_rpc", {"method": "plant", "args": [fault]})
 
-    def log_prob_error(self, model: Qwen2ForCausalLM) -> float:
+    def log_prob_error(self, model: PreTrainedModel) -> float:
         return log_prob_error(model, ask(self.client.url, make_prompts(6), SAMPLING), SAMPLING)
 
     @property
@@ -60,12 +72,42 @@ class Running:
         return self.client.get("/weight_info")["weight_version"]
 
 
-def run_server(checkpoint: Path, folder: Path, *, tp: int = 1) -> Iterator[Running]:
+def moe_model(*, seed: int) -> Qwen3MoeForCausalLM:
+    torch.manual_seed(seed)
+    config = Qwen3MoeConfig(
+        vocab_size=len(CHARACTERS),
+        hidden_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        pad_token_id=PAD_ID,
+        eos_token_id=EOS_ID,
+    )
+    model = Qwen3MoeForCausalLM(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return model
+
+
+def checkpoint_weights(model: PreTrainedModel, folder: Path) -> NamedWeights:
+    """Under the names of checkpoints, which are not those of transformers' parameters where experts are fused."""
+    model.save_pretrained(folder)
+    return iter(sorted(load_file(folder / "model.safetensors").items()))
+
+
+def run_server(checkpoint: Path, folder: Path, *, tp: int = 1, dtype: DType = "float32") -> Iterator[Running]:
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(transport, "BUCKET_BYTES", 4096)  # so small that layers straddle buckets
-        config = FleetConfig(max_model_tokens=512, kv_cache_gib=0.25, server_tp=tp)
+        config = FleetConfig(max_model_tokens=512, kv_cache_gib=0.25, server_tp=tp, dtype=dtype)
         launch = vllm_launch(model_config(checkpoint), config, index=0, transfer_arguments=[*SERVER_ARGUMENTS, *FAULTY])
         server = InferenceServer(launch, start_timeout_s=300, log_path=folder / "vllm.log")
         stack.enter_context(server)
@@ -89,7 +131,7 @@ def test_every_transport_brings_the_weights(tied: Running, kind: TransportKind) 
 
 
 FAULTS = {
-    "stale head": "model.embed_tokens.weight: other values in lm_head.weight",
+    "stale packs": "model.embed_tokens.weight: other values in lm_head.weight",
     "flip model.norm": "model.norm.weight: other values in model.norm.weight",
     "flip model.embed_tokens": "model.embed_tokens.weight: other values in model.embed_tokens.weight",
     # The flipped bit is in row 5 of fused projections, which is of q and of gate.
@@ -162,6 +204,37 @@ def test_tensor_parallel_workers_hold_their_parts(
                 ):
                     sender.send(named_weights(model), 2)
                 parallel.plant("")
+
+
+def test_a_bfloat16_server_of_a_float32_trainer_holds_the_rounded_weights(
+    untied_checkpoint: Path, tmp_path: Path
+) -> None:
+    with (
+        contextmanager(run_server)(untied_checkpoint, tmp_path, dtype="bfloat16") as half,
+        half.sender() as sender,
+    ):
+        model = tiny_model(tied=False, seed=70)
+        sender.send(named_weights(model), 0)
+        num_elements = sum(parameter.numel() for parameter in model.parameters())
+        assert sender.metrics()["sync/gib"] * 2**30 == 2 * num_elements
+        # The activations are rounded as well: tenths of a nat, where other weights are off by more than one.
+        assert half.log_prob_error(model) < 1
+
+
+def test_experts_are_packed_anew_and_read_back(tmp_path: Path) -> None:
+    moe_model(seed=0).save_pretrained(tmp_path)
+    character_tokenizer().save_pretrained(tmp_path)
+    with contextmanager(run_server)(tmp_path, tmp_path) as experts, experts.sender() as sender:
+        for version in range(2):
+            model = moe_model(seed=60 + version)
+            sender.send(checkpoint_weights(model, tmp_path / str(version)), version)
+            assert experts.log_prob_error(model) < 1e-4
+        experts.plant("stale packs")
+        # Two layers of four experts, of three matrices each.
+        with pytest.raises(
+            WeightMismatch, match=r"24 of \d+ verified tensors differ \(model\.layers\.0\.mlp\.experts\.0"
+        ):
+            sender.send(checkpoint_weights(moe_model(seed=2), tmp_path / "2"), 2)
 
 
 @pytest.fixture(scope="module")
