@@ -34,12 +34,12 @@ def check_colocated(
                 "data.max_pack_tokens, or set recompute"
             )
     share = int(config.fleet.gpu_memory_share * gpu_bytes)
-    weights = num_parameters(policy) * BYTES[config.policy.dtype] // config.fleet.server_tp
+    weights = _server_weights(config, policy)
     longest = kv_cache_bytes(
         policy,
         num_tokens=config.fleet.max_model_tokens,
         server_tp=config.fleet.server_tp,
-        num_bytes=BYTES[config.policy.dtype],
+        num_bytes=BYTES[config.fleet.dtype or config.policy.dtype],
     )
     if weights + longest > share:
         raise ValueError(
@@ -65,12 +65,11 @@ def moments(
         of_policy.resident + of_critic.resident + max(of_policy.activations, of_critic.activations)
         for of_policy, of_critic in models
     )
-    server_weights = num_parameters(policy) * BYTES[config.policy.dtype] // config.fleet.server_tp
     return {
         "while it trains": {"trainer": training, "sleeping server": SERVER_RESIDUE},
         "during an update": {
             "trainer": resident,
-            "server's weights": server_weights,
+            "server's weights": _server_weights(config, policy),
             "buffers": UPDATE_BUFFERS,
             "rest of the server": SERVER_RESIDUE,
         },
@@ -79,6 +78,11 @@ def moments(
             "offloaded trainer": TRAINER_RESIDUE,
         },
     }
+
+
+def _server_weights(config: Config, policy: Architecture) -> int:
+    """Bytes on one of a server's GPUs."""
+    return num_parameters(policy) * BYTES[config.fleet.dtype or config.policy.dtype] // config.fleet.server_tp
 
 
 def _memory(

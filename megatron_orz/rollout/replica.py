@@ -250,6 +250,9 @@ class Replica:
             assert self._running is not None
             try:
                 self._running.check_alive()
+            except ServerError as error:
+                return str(error)
+            try:
                 computed = await self.client.num_computed(self._http, timeout_s=self._heartbeat_timeout_s)
             except ServerError as error:
                 num_misses += 1

@@ -34,7 +34,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int) -> list[str]:
         *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", str(model.path), "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", model.dtype, "--context-length", str(fleet.max_model_tokens)),
+        *("--dtype", fleet.dtype or model.dtype, "--context-length", str(fleet.max_model_tokens)),
         *("--tp-size", str(fleet.server_tp)),
         *("--mem-fraction-static", str(fleet.gpu_memory_share)),
         *("--weight-version", str(INITIAL_VERSION)),
