@@ -16,6 +16,8 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_orz import ppo
+from megatron_orz.algorithms.algorithm import Absent
+from megatron_orz.compose import compose
 from megatron_orz.config import (
     Config,
     CriticConfig,
@@ -221,8 +223,10 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet) -> Run:
     with RunLog(config.run_dir, num_steps=config.ppo.num_steps, console=Console(file=io.StringIO())) as log:
         ppo.run(
             config,
+            algorithm=compose(config),
             policy=BigramPolicy(run),
-            critic=TableCritic(run),
+            critic=TableCritic(run) if config.ppo.uses_critic else Absent(),
+            reference=Absent(),
             fleet=server,
             grader=GoalGrader(),
             prompts=PromptStream(PROMPTS, seed=config.seed),

@@ -51,9 +51,14 @@ COUNTERS = "optimizer_counters"
 filesystem_async._get_write_results_queue = queue.SimpleQueue
 
 
-def sharded_state(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer) -> ShardedState:
-    """Weights, moments and counters of this rank, by their place in the whole model. The tensors are the live ones."""
+def sharded_state(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None) -> ShardedState:
+    """Weights, moments and counters of this rank, by their place in the whole model. The tensors are the live ones.
+
+    A frozen model, which has no optimizer, is its weights.
+    """
     state: ShardedState = sharded_states(chunks)
+    if optimizer is None:
+        return state
     of_parameter = {id(sharded.data): sharded for sharded in nested_values(state)}
     state["optimizer"] = [
         box
@@ -195,11 +200,12 @@ def save(state: ShardedState, directory: Path, *, copy: bool) -> PendingSave:
     return strategy.pending
 
 
-def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer, directory: Path) -> None:
+def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None, directory: Path) -> None:
     """Fills weights, moments and counters. Collective; the checkpoint may come from any layout."""
     state = sharded_state(chunks, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls PyTorch by an older name
         loaded = dist_checkpointing.load(state, str(directory))  # the boxes of the optimizer are filled in place
     fill(chunks, loaded)
-    optimizer.restore_counters(loaded[COUNTERS])
+    if optimizer is not None:
+        optimizer.restore_counters(loaded[COUNTERS])
