@@ -7,7 +7,7 @@ from dataclasses import replace
 from megatron_orz.config import Config, ParallelConfig
 
 NUM_STEPS, NUM_PROMPTS, NUM_RESPONSES = 2, 4, 4
-MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, MAX_PACK_TOKENS = 512, 128, 2048
+MAX_PROMPT_TOKENS, MAX_RESPONSE_TOKENS, MAX_PACK_TOKENS = 1024, 128, 2048
 NUM_HELD_OUT = 4
 
 
