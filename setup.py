@@ -42,7 +42,7 @@ def what_is_missing_for_cuda() -> str | None:
     header = nvcc.parents[1] / "include" / "cuda_runtime.h"
     if not header.exists():
         return f"no {header}; set CUDA_HOME to the directory of the toolkit of CUDA {torch.version.cuda}"
-    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     release = re.search(r"release (\d+)\.\d+", report)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         found = release[0] if release else report

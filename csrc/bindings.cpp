@@ -11,6 +11,7 @@ TORCH_LIBRARY(megatron_orz, m) {
   m.def(megatron_orz::kLogitsStats);
   m.def(megatron_orz::kDlogits);
   m.def(megatron_orz::kPackedValueLoss);
+  m.def(megatron_orz::kLongestPreviousFactor);
 }
 
 PYBIND11_MODULE(_C, m) {

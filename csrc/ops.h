@@ -58,4 +58,13 @@ inline constexpr char kPackedValueLoss[] =
     "packed_value_loss(Tensor hidden, Tensor head, Tensor old_values, Tensor returns, Tensor weights, float clip_eps,"
     " *, Tensor(a!) d_head) -> (Tensor values, Tensor d_hidden)";
 
+// How far each token continues what was there before: the length of the longest prefix of its suffix s_t s_{t+1} ...
+// that also begins at an earlier position of its sequence. The two occurrences may overlap.
+//
+//   lpf_t = max_{u < t} (length of the longest common prefix of s_t s_{t+1} ... and s_u s_{u+1} ...)
+//
+// tokens: [T] int64; lpf: [T] int32, 0 for the first token of a sequence. On the CPU alone.
+inline constexpr char kLongestPreviousFactor[] =
+    "longest_previous_factor(Tensor tokens, Tensor cu_seqlens) -> Tensor lpf";
+
 }  // namespace megatron_orz

@@ -69,7 +69,7 @@ def make_model() -> None:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from megatron_orz.checkpoint.directory import atomic_directory
+    from megatron_orz.checkpoint.hf_export import atomic_directory
     from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 
     torch.manual_seed(0)

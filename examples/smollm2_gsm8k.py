@@ -72,6 +72,7 @@ def convert(gguf_directory: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         gguf_directory,
         gguf_file=GGUF_FILE,
+        trust_remote_code=False,
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
     )
@@ -80,7 +81,9 @@ def convert(gguf_directory: Path) -> None:
     vars(model.config).pop("quantization_config", None)
     with atomic_directory(MODEL) as directory:
         model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(gguf_directory, gguf_file=GGUF_FILE).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf_directory, gguf_file=GGUF_FILE, trust_remote_code=False).save_pretrained(
+            directory
+        )
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import AutoTokenizer
 
-from megatron_orz.command_line import rank
+from megatron_orz.command_line import rank, world_size
 from megatron_orz.config import Config
 from megatron_orz.data.prompts import check_vocabulary, load_prompts
 from megatron_orz.engine.architecture import Architecture, read_architecture
+from megatron_orz.engine.budget import check_colocated
 from megatron_orz.engine.torch_dist import is_torch_dist
 from megatron_orz.types import Prompt
 
@@ -24,6 +26,14 @@ if TYPE_CHECKING:
 def check_models(config: Config) -> PreTrainedTokenizerBase:
     """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
     of_policy = _check_model(config, config.policy.path)
+    if config.fleet.colocated and torch.cuda.is_available():
+        check_colocated(
+            config,
+            read_architecture(config.policy.path),
+            read_architecture(config.critic.path) if config.critic and config.ppo.uses_critic else None,
+            world_size=world_size(),
+            gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
+        )
     readers = {"critic.path": config.critic.path} if config.critic and config.ppo.uses_critic else {}
     if config.kl.coefficient > 0 and config.kl.reference is not None:
         readers["kl.reference"] = config.kl.reference
@@ -54,7 +64,7 @@ def _check_model(config: Config, path: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
     remedy = "copy the tokenizer's files of the same model there"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers package raises nothing narrower for a file it cannot read
         raise ValueError(f"{path} holds no tokenizer that transformers can load ({error!r}); {remedy}") from error
     # Where there are no files, transformers makes up a tokenizer without a vocabulary.

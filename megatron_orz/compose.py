@@ -69,7 +69,9 @@ def _estimate_with_penalty(
 
 
 def _policy_loss(ppo: PPOConfig, options: KLConfig) -> PolicyLoss:
-    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps, clip_eps_high=ppo.clip_eps_high)
+    surrogate = partial(
+        policy_loss, clip_eps=ppo.clip_eps, clip_eps_high=ppo.clip_eps_high, importance_cap=ppo.importance_cap
+    )
     terms: list[tuple[float, PolicyLoss]] = [(1.0, surrogate)]
     if ppo.entropy_coefficient > 0:
         terms.append((ppo.entropy_coefficient, entropy_loss))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,18 +17,37 @@ from typing import Any, Literal, TypeAlias
 from megatron_orz.types import AdvantageKind, KLEstimator, LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
-FleetKind: TypeAlias = Literal["vllm", "local"]
+FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
 TransportKind: TypeAlias = Literal["auto", "ipc", "nccl", "gloo", "disk"]
 Verification: TypeAlias = Literal["sampled", "full", "off"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 KLPlace: TypeAlias = Literal["loss", "reward"]
 Refresh: TypeAlias = Literal["never", "epoch"] | int
+Tracker: TypeAlias = Literal["wandb", "trackio"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+MAX_TIMEOUT_S = 1e6
+"""The longest deadline, eleven days: some waits count milliseconds in 32 bits."""
+
+
+def _check_numbers(section: Any, place: str = "") -> None:
+    """Raises ValueError for numbers that are none, and for deadlines that never come, in a section and those below."""
+    for field_ in dataclasses.fields(section):
+        name, value = f"{place}{field_.name}", getattr(section, field_.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{name}.")
+        elif isinstance(value, float):
+            _require(math.isfinite(value), f"{name} {value} is not a finite number")
+        if name.endswith("timeout_s"):
+            _require(
+                0 < value <= MAX_TIMEOUT_S, f"{name} {value:g} is not a deadline: it must be above 0, and at most 1e6 s"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +203,14 @@ class PPOConfig:
     """The last tokens of the longest response allowed, over which the reward falls by 1 (soft over-long penalty)."""
     value_clip_eps: float = 0.2
     """Clip range of the value around its old one; 0 turns value clipping off."""
+    importance_cap: float = 0.0
+    """A token's loss weighs min(pi_old / pi_rollout, cap), for rollouts of an older policy; 0 leaves the weight out."""
+    max_staleness: int = 0
+    """Policy versions rollouts may be behind: 0 waits for the servers; 1 lets them generate a step ahead meanwhile."""
+    oversampling: float = 0.0
+    """Share of prompts asked in addition; a step goes on without those answered last. It favours short responses."""
+    max_resampling_rounds: int = 0
+    """Rounds in which groups of siblings with equal rewards are replaced by those of other prompts; 0 keeps them."""
     loss_mean: LossMean = "token"
     """What the losses are averaged over; the original's released code uses `pack`."""
 
@@ -207,6 +235,15 @@ class PPOConfig:
             _require(value is None or value > 0, f"ppo.{name} {value} is not positive")
         for name in ("entropy_coefficient", "overlong_tokens", "num_critic_warmup_steps"):
             _require(getattr(self, name) >= 0, f"ppo.{name} {getattr(self, name)} is negative; 0 turns it off")
+        _require(self.importance_cap >= 0, f"ppo.importance_cap {self.importance_cap} is negative; 0 turns it off")
+        _require(self.max_staleness in (0, 1), f"ppo.max_staleness {self.max_staleness} is neither 0 nor 1")
+        _require(self.oversampling >= 0, f"ppo.oversampling {self.oversampling} is negative; 0 turns it off")
+        rounds = self.max_resampling_rounds
+        _require(rounds >= 0, f"ppo.max_resampling_rounds {rounds} is negative; 0 turns resampling off")
+        _require(
+            rounds == 0 or self.num_responses > 1,
+            f"ppo.max_resampling_rounds {rounds} compares siblings: it needs ppo.num_responses > 1",
+        )
         _require(self.value_clip_eps >= 0, f"ppo.value_clip_eps {self.value_clip_eps} is negative; 0 turns it off")
         self._check_advantages()
 
@@ -323,7 +360,7 @@ class FleetConfig:
     """Where rollouts are generated."""
 
     kind: FleetKind = "vllm"
-    """`vllm`: inference servers; `local`: transformers, inside the trainer."""
+    """`vllm`, `sglang`: inference servers; `local`: transformers, inside the trainer."""
     urls: tuple[str, ...] = ()
     """Servers that run already (http://host:port); none: the run starts and stops its own on this machine."""
     num_servers: int = 1
@@ -332,6 +369,9 @@ class FleetConfig:
     """Tensor-parallel size of each server: its GPUs, or processes on the CPU."""
     gpus: tuple[int, ...] = ()
     """GPUs of the servers that are started, server_tp for each; by default the first of those the trainer sees."""
+    colocated: bool = False
+    """Servers and trainer use the same GPUs in turns: servers sleep during training, the trainer is offloaded during
+    generation."""
     min_servers: int = 1
     """With fewer servers than this able to answer, the run stops."""
     port: int = 0
@@ -356,6 +396,8 @@ class FleetConfig:
     """A server that has requests but computes no token for this long is started anew."""
     update_timeout_s: float = 300.0
     """Deadline of one weight update."""
+    dtype: DType | None = None
+    """Type of the weights in servers that are started; by default the policy's."""
     transport: TransportKind = "auto"
     """How weights reach the servers: `ipc` (shared memory, one machine), `nccl`, `gloo`, or `disk` (a folder all see);
     `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs."""
@@ -371,8 +413,13 @@ class FleetConfig:
             "kv_cache_gib",
         ):
             _require(getattr(self, name) > 0, f"fleet.{name} {getattr(self, name)} is not positive")
-        for name in ("num_servers", "server_tp", "min_servers", "max_rollouts_in_flight"):
+        for name in (
+            *("max_model_tokens", "max_batch_rollouts"),
+            *("num_servers", "server_tp", "min_servers", "max_rollouts_in_flight"),
+        ):
             _require(getattr(self, name) >= 1, f"fleet.{name} {getattr(self, name)} is not at least 1")
+        _require(0 <= self.port <= 65535, f"fleet.port {self.port} is no port; 0 picks a free one")
+        _require(self.cpu_threads is None or self.cpu_threads >= 1, f"fleet.cpu_threads {self.cpu_threads} < 1")
         _require(0 < self.gpu_memory_share < 1, f"fleet.gpu_memory_share {self.gpu_memory_share} is outside (0, 1)")
         _require(
             not self.urls or self.num_servers == 1,
@@ -384,6 +431,14 @@ class FleetConfig:
                 url.startswith(("http://", "https://")),
                 f"fleet.urls holds {url!r}, which is no http:// or https:// address",
             )
+        _require(
+            not (self.colocated and self.urls),
+            "fleet.colocated needs servers that the run starts on its own GPUs; leave fleet.urls empty",
+        )
+        _require(
+            not (self.colocated and self.kind == "local"),
+            "fleet.colocated is about servers, and fleet.kind is local; set it to false",
+        )
         _require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice")
         num_servers = len(self.urls) or self.num_servers
         _require(
@@ -455,6 +510,37 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationsConfig:
+    """The rollouts of a step as a parquet file, for people and for analysis."""
+
+    interval: int = 1
+    """Save those of every `interval`-th step; 0 saves none."""
+    max_mib: float = 64.0
+    """Largest file. What a step has beyond it is left out, from the last prompt on, and counted."""
+
+    def __post_init__(self) -> None:
+        _require(self.interval >= 0, f"generations.interval {self.interval} is negative; 0 saves none")
+        _require(
+            self.interval == 0 or self.max_mib > 0,
+            f"generations.max_mib {self.max_mib} holds no rollout; set generations.interval to 0 to save none",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Experiment trackers that get the metrics beside metrics.jsonl and TensorBoard, which every run writes."""
+
+    trackers: tuple[Tracker, ...] = ()
+    """Each is a package that has to be installed, such as by `pip install megatron_orz[wandb]`."""
+    project: str = "megatron_orz"
+    """Where the trackers file the run, under the name of its directory."""
+
+    def __post_init__(self) -> None:
+        _require(len(set(self.trackers)) == len(self.trackers), f"tracking.trackers {self.trackers} names one twice")
+        _require(self.project != "", "tracking.project is empty; name a project")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """One run, complete."""
 
@@ -472,7 +558,11 @@ class Config:
     fleet: FleetConfig = field(default_factory=FleetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    generations: GenerationsConfig = field(default_factory=GenerationsConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = 0
+    deterministic: bool = False
+    """The same config and seed give the same bits on the same machine, at some cost in speed; `local` fleet only."""
     hang_timeout_s: float = 1800.0
     """The run ends when nothing moves on any rank for this long: no rollout, no grade, no mini-batch is finished."""
     fresh: bool = False
@@ -483,12 +573,39 @@ class Config:
     """Scale the recipe down to one machine: few prompts, short responses, one update. Other options still count."""
 
     def __post_init__(self) -> None:
+        _check_numbers(self)
+        _require(
+            not self.deterministic or self.fleet.kind == "local",
+            f"deterministic needs fleet.kind local, not {self.fleet.kind}: what a server computes together depends on "
+            "when requests arrive; set fleet.kind, or turn deterministic off",
+        )
         longest = self.data.max_prompt_tokens + self.sampling.max_response_tokens
         _require(
             longest <= self.fleet.max_model_tokens,
             f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
             f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
             "data.max_prompt_tokens or sampling.max_response_tokens",
+        )
+        if self.ppo.max_staleness:
+            _require(
+                self.fleet.kind != "local" and not self.fleet.colocated,
+                f"ppo.max_staleness {self.ppo.max_staleness} needs servers that compute beside the trainer; set it to "
+                "0, or fleet.kind to vllm and fleet.colocated to false",
+            )
+            _require(
+                not self.ppo.oversampling and not self.ppo.max_resampling_rounds,
+                f"ppo.max_staleness {self.ppo.max_staleness} asks for prompts a step ahead, which ppo.oversampling and "
+                "ppo.max_resampling_rounds would change; set either to 0",
+            )
+        _require(
+            self.fleet.kind != "local" or self.ppo.oversampling == 0,
+            f"ppo.oversampling {self.ppo.oversampling} needs servers, which answer prompts apart; "
+            "set it to 0, or use --fleet.kind vllm",
+        )
+        _require(
+            self.fleet.kind != "sglang" or (self.sampling.top_p == 1.0 and self.sampling.top_k == -1),
+            f"SGLang's log-probabilities leave out sampling.top_p {self.sampling.top_p} and sampling.top_k "
+            f"{self.sampling.top_k}: they would not be those of the responses; use 1.0 and -1, or --fleet.kind vllm",
         )
         multiple = self.parallel.pack_multiple
         least = -(-longest // multiple) * multiple

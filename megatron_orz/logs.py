@@ -1,7 +1,7 @@
 """What a run tells and leaves behind in its directory.
 
     metrics.jsonl    a row per step: `step` and the metrics, appended whole; null is what is not a finite number
-    tensorboard/     the same, for TensorBoard
+    tensorboard/     the same and histograms, for TensorBoard
     config.json      the resolved config
 
 Metrics are named `group/name`. They arrive already averaged over ranks; only the main rank writes and speaks.
@@ -9,31 +9,29 @@ Metrics are named `group/name`. They arrive already averaged over ranks; only th
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from megatron_orz.alerts import Alerts
 from megatron_orz.config import Config, to_json
+from megatron_orz.json_file import parse_json
+from megatron_orz.log_files import EventFile, LineFile
+from megatron_orz.trackers import Trackers
 from megatron_orz.types import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -100,12 +98,20 @@ class RunLog:
         self._on_progress = on_progress
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._gauges: list[Callable[[], Metrics]] = []
+        self._distributions: dict[str, Sequence[float]] = {}
+        self._trackers: Trackers | None = None
         if is_main:
             with writing(run_dir):
                 run_dir.mkdir(parents=True, exist_ok=True)
-                self._metrics = _LineFile(run_dir / METRICS_FILE, goes_on_at.num_bytes if goes_on_at else None)
+                self._metrics = LineFile(run_dir / METRICS_FILE, goes_on_at.num_bytes if goes_on_at else None)
+                if goes_on_at and (found := self._metrics.flush()) < goes_on_at.num_bytes:
+                    self.console.print(
+                        f"warning: {METRICS_FILE} lacks rows before step {goes_on_at.step}: {found} of "
+                        f"{goes_on_at.num_bytes} bytes are there",
+                        soft_wrap=True,
+                    )
                 self._alerts = Alerts(read_metrics(run_dir / METRICS_FILE))
-                self._tensorboard = _EventFile(run_dir / "tensorboard", goes_on_at.step if goes_on_at else None)
+                self._tensorboard = EventFile(run_dir / "tensorboard", goes_on_at.step if goes_on_at else None)
 
     def write_config(self, config: Config) -> None:
         """Writes config.json, whole or not at all."""
@@ -119,6 +125,14 @@ class RunLog:
                 unfinished.replace(path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def start_trackers(self, config: Config) -> None:
+        """Hands every later record to the trackers that the config names, too.
+
+        Raises RuntimeError when one does not start.
+        """
+        if self._is_main:
+            self._trackers = Trackers(config)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -154,22 +168,30 @@ class RunLog:
         """Adds what `gauge` says at the time to every later record."""
         self._gauges.append(gauge)
 
+    def distribution(self, name: str, values: Sequence[float]) -> None:
+        """Shows the values as a histogram with the next record; none are not shown."""
+        if values:
+            self._distributions[name] = values
+
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a row of metrics, with the spans since the last one, and prints its line.
+        """Writes a row of metrics, with the gauges and the spans since the last one, and prints its line.
 
         What looks wrong among them is said below the line, and is `alert/<metric>` = 1 in the row.
         """
-        row = {**metrics, **self._seconds}
+        row, distributions = {**metrics, **self._seconds}, self._distributions
         for gauge in self._gauges:
             row |= gauge()
         self._seconds.clear()
+        self._distributions = {}
         if not self._is_main:
             return
         alerts = self._alerts.watch(row)
         row |= {f"alert/{alert.metric}": 1.0 for alert in alerts}
         with writing(self.run_dir):
             self._metrics.append(_to_json_line(step, row))
-            self._tensorboard.append(step, row)
+            self._tensorboard.append(step, row, distributions)
+        if self._trackers is not None:
+            self._trackers.record(step, row)
         # Soft wrapping leaves the line whole in a file, whatever width is assumed for it.
         self.console.print(console_line(step, self._num_steps, row), soft_wrap=True)
         for alert in alerts:
@@ -188,7 +210,9 @@ class RunLog:
         self.console.print(comparison_table(before, after))
 
     def close(self) -> None:
-        """Closes the files; what was recorded is already on disk."""
+        """Closes the files, which already hold what was recorded, and waits for the trackers."""
+        if self._trackers is not None:
+            self._trackers.close()
         if self._is_main:
             with writing(self.run_dir):
                 self._metrics.close()
@@ -219,13 +243,25 @@ def read_metrics(path: Path) -> list[Metrics]:
     """Rows of a metrics.jsonl, one for each step, in order; null reads as nan.
 
     Rows of one step are merged and the last value of a metric wins, so that a resumed run reads as one run.
+    Raises ValueError naming the file and the line that is no row.
     """
-    text = path.read_text()
+    content = path.read_bytes()
     rows: defaultdict[int, Metrics] = defaultdict(dict)
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        row = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
-        rows[int(row["step"])].update(row)
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].split(b"\n")[:-1], start=1):
+        place = f"{path}: line {number}"
+        row = parse_json(line, place)
+        if not _is_row(row):
+            raise ValueError(f"{place} is not a row of metrics; remove it")
+        rows[row["step"]].update({name: math.nan if value is None else value for name, value in row.items()})
     return [rows[step] for step in sorted(rows)]
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and type(row.get("step")) is int
+        and all(value is None or type(value) in (int, float) for value in row.values())
+    )
 
 
 def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> Text:
@@ -273,77 +309,9 @@ def _to_json_line(step: int, metrics: Mapping[str, float]) -> bytes:
     return (json.dumps({"step": step, **values}) + "\n").encode()
 
 
-class _LineFile:
-    """A file that only ever holds whole lines, and holds each as soon as it is appended."""
-
-    def __init__(self, path: Path, num_bytes: int | None) -> None:
-        """num_bytes: what lies behind them is dropped."""
-        self._file = path.open("ab", buffering=0)
-        written = path.read_bytes()[:num_bytes]
-        # A machine that went down while writing leaves half a line.
-        self._file.truncate(written.rfind(b"\n") + 1)
-
-    def append(self, line: bytes) -> None:
-        """Appends a line, newline included; when it does not fit, raises OSError and leaves the file as it was."""
-        _append(self._file, line)
-
-    def flush(self) -> int:
-        """Brings the lines to the disk, and returns their bytes."""
-        os.fsync(self._file.fileno())
-        return os.fstat(self._file.fileno()).st_size
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _EventFile:
-    """A TensorBoard event file that holds every row as soon as it is appended.
-
-    TensorBoard's own writer works in a thread, where a full disk is a traceback that nothing can catch.
-    """
-
-    def __init__(self, directory: Path, first_step: int | None) -> None:
-        """first_step: TensorBoard drops what earlier files hold of this step and later ones."""
-        directory.mkdir(exist_ok=True)
-        now = time.time()
-        self._file = (directory / f"events.out.tfevents.{now:.6f}.{os.getpid()}").open("ab", buffering=0)
-        self._write(Event(wall_time=now, file_version="brain.Event:2"))
-        if first_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=now, step=first_step, session_log=start))
-
-    def append(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends one value of every metric; when they do not fit, raises OSError and leaves the file as it was."""
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
-
-    def flush(self) -> None:
-        """Brings the rows to the disk."""
-        os.fsync(self._file.fileno())
-
-    def _write(self, event: Event) -> None:
-        record = io.BytesIO()
-        RecordWriter(record).write(event.SerializeToString())
-        _append(self._file, record.getvalue())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _append(file: io.FileIO, data: bytes) -> None:
-    """All of the data, or none of it and OSError."""
-    size = os.fstat(file.fileno()).st_size
-    try:
-        while data:
-            data = data[file.write(data) :]
-    except OSError:
-        file.truncate(size)
-        raise
-
-
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Says of an OSError which file of the run directory could not be written, and what to do."""
+    """An error of the disk in the body becomes a RunDirectoryError."""
     try:
         yield
     except OSError as error:

@@ -18,7 +18,6 @@ from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog
 from megatron_orz.metrics.experience import experience_metrics
-from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.types import (
     Critic,
     DataParallel,
@@ -28,6 +27,7 @@ from megatron_orz.types import (
     Metrics,
     Policy,
     Reference,
+    Rollout,
     Trainable,
 )
 
@@ -45,6 +45,7 @@ def run(
     grader: Grader,
     prompts: PromptStream,
     evaluate: Callable[[], Metrics],
+    record_rollouts: Callable[[int, Sequence[Rollout]], Metrics],
     ranks: DataParallel,
     log: RunLog,
     num_done: int = 0,
@@ -53,9 +54,9 @@ def run(
     """Trains policy and critic until `config.ppo.num_steps` steps are done.
 
     algorithm: what rewards, advantages and losses are. A critic or reference it does not use says 0 of every token.
-    evaluate: the held-out scores of the policy the fleet holds.
     num_done: steps that policy, critic and prompts have behind them.
     on_step_end: called with the number of steps done; nothing of a step is left over then.
+    evaluate: the held-out scores of the policy the fleet holds. record_rollouts: the metrics of a step's rollouts.
     """
     ppo, interval = config.ppo, config.evaluation.interval
     for step in range(num_done, ppo.num_steps + 1):
@@ -78,6 +79,7 @@ def run(
             rollouts = fleet.generate(chosen, num_responses=ppo.num_responses, seed=seed, on_rollout=advance)
         with log.span("reward"), log.progress("reward", total=num_rollouts) as advance:
             rollouts = grader.grade(rollouts, on_grade=advance)
+        metrics = record_rollouts(step, rollouts)
 
         # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda).
         num_critic_updates, num_policy_updates = ppo.num_updates(step)
@@ -96,7 +98,7 @@ def run(
             reference.refresh(step)
             ref_log_probs = reference.infer(batches)
             experience, moments = algorithm.estimate(batches, old_log_probs, old_values, ref_log_probs)
-            metrics = rollout_metrics(rollouts) | experience_metrics(experience, ranks, has_critic=ppo.uses_critic)
+            metrics |= experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
             if ppo.whiten_advantages:
                 experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
 

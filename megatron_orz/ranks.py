@@ -48,6 +48,13 @@ class Ranks:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def collect(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks, on rank 0; an empty list on the others."""
+        values = [value] * self.size if self.rank == 0 else []
+        if self._group is not None:
+            dist.gather_object(value, values or None, dst=0, group=self._group)
+        return values
+
     def share_fate(self, action: str) -> _SharedFate:
         """`with ranks.share_fate("generation"):` an error in the body on one rank is raised on every rank."""
         return _SharedFate(self, action)

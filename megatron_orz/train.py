@@ -11,13 +11,16 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
+from megatron_orz.ahead import OneStepAhead
 from megatron_orz.algorithms.algorithm import Absent
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.manifest import Progress
 from megatron_orz.checkpoint.preemption import Preemption
+from megatron_orz.checkpoint.recipe import recipe_of
 from megatron_orz.checkpoint.run_directory import open_run_directory
 from megatron_orz.checkpoint.step_end import StepEnd
 from megatron_orz.checks import check_models, read_data
+from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
 from megatron_orz.command_line import parse, plain_errors, world_size
 from megatron_orz.compose import compose
 from megatron_orz.config import Config
@@ -27,11 +30,14 @@ from megatron_orz.debug import scaled_down
 from megatron_orz.dry_run import dry_run
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
+from megatron_orz.metrics.recorder import RolloutRecorder
 from megatron_orz.ranks import Ranks
+from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
-from megatron_orz.types import Critic, Reference, Stateful
+from megatron_orz.trackers import check_trackers
+from megatron_orz.types import Critic, Fleet, Grader, Policy, Reference, Stateful
 from megatron_orz.watchdog import Watchdog
 
 
@@ -65,6 +71,7 @@ def train(config: Config) -> None:
     config.parallel.check_world_size(world_size())
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)
+    check_trackers(config.tracking.trackers)
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
@@ -74,12 +81,12 @@ def train(config: Config) -> None:
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
-        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed))
+        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed, deterministic=config.deterministic))
         stack.enter_context(watchdog.watching_peers())
         ranks = stack.enter_context(contextlib.closing(Ranks()))
         is_main = mesh.rank == 0
         say = partial(print, flush=True)
-        run_directory = stack.enter_context(open_run_directory(config, ranks, say))
+        run_directory = stack.enter_context(open_run_directory(config, recipe_of(config, prompts), ranks, say))
         if run_directory.is_finished:
             if is_main:
                 say(f"{config.run_dir} holds this run, finished; raise ppo.num_steps or begin anew with --fresh")
@@ -99,6 +106,7 @@ def train(config: Config) -> None:
                 )
             )
             log.write_config(config)
+            log.start_trackers(config)
         preemption = stack.enter_context(Preemption(ranks, grace_s=config.checkpoint.grace_s, say=say))
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(
@@ -106,6 +114,8 @@ def train(config: Config) -> None:
             )
             if isinstance(fleet, ServerFleet):
                 log.include(fleet.metrics)
+                if config.fleet.colocated:
+                    fleet.sleep()
             temperature = config.sampling.temperature
             loss_mean, max_response_tokens = config.ppo.loss_mean, config.sampling.max_response_tokens
             policy = PolicyEngine(
@@ -116,7 +126,7 @@ def train(config: Config) -> None:
                 temperature=temperature,
             )
             parts: dict[str, Stateful] = {"policy": policy, "random": RandomState(mesh.rank)}
-            critic: Critic = Absent()
+            critic: CriticEngine | None = None
             if config.critic is not None and config.ppo.uses_critic:
                 critic = parts["critic"] = CriticEngine(
                     config.critic,
@@ -125,7 +135,7 @@ def train(config: Config) -> None:
                     max_response_tokens=max_response_tokens,
                     seed=config.seed,
                 )
-            reference: Reference = Absent()
+            reference: ReferenceEngine | None = None
             if config.kl.coefficient > 0:
                 epoch_steps = max(1, len(prompts) // config.ppo.num_prompts)
                 reference = parts["reference"] = ReferenceEngine(
@@ -148,28 +158,69 @@ def train(config: Config) -> None:
             ranks=ranks,
             preemption=preemption,
         )
+        recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
+        step_fleet, step_grader = with_options(config, fleet, grader, stream, log)
+        step_policy: Policy = policy
+        step_critic: Critic = critic or Absent()
+        step_reference: Reference = reference or Absent()
+        if config.fleet.colocated and isinstance(fleet, ServerFleet):
+            turns = Turns(fleet, [model for model in (policy, critic, reference) if model is not None])
+            log.include(turns.metrics)
+            step_fleet = ColocatedFleet(step_fleet, turns)
+            step_policy = ColocatedPolicy(policy, turns)
+            step_critic = ColocatedModel(critic, turns) if critic else step_critic
         ppo.run(
             config,
             algorithm=compose(config),
-            policy=policy,
-            critic=critic,
-            reference=reference,
-            fleet=fleet,
-            grader=grader,
+            policy=step_policy,
+            critic=step_critic,
+            reference=step_reference,
+            fleet=step_fleet,
+            grader=step_grader,
             prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
+            record_rollouts=recorder.record,
             ranks=mesh,
             log=log,
             num_done=done.step,
             on_step_end=step_end,
         )
         with ranks.share_fate("writing the final checkpoint"):
-            final = config.run_dir / "final"
-            export_hf(policy.hf_weights(), source=config.policy.path, target=final, is_writer=is_main)
+            weights, final = step_policy.hf_weights(), config.run_dir / "final"
+            export_hf(weights, source=config.policy.path, target=final, is_writer=is_main)
+        if critic is not None and config.critic is not None:
+            with ranks.share_fate("writing the final critic"):
+                weights, final = critic.hf_weights(), config.run_dir / "final-critic"
+                export_hf(weights, source=config.critic.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
             run_directory.mark_finished()
+
+
+def with_options(
+    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog
+) -> tuple[Fleet, Grader]:
+    """The fleet and the grader of the training steps, with the options of `resampling` and `ahead`."""
+    step_fleet, step_grader = fleet, grader
+    if config.ppo.oversampling and isinstance(fleet, ServerFleet):
+        step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
+        log.include(oversampling.metrics)
+    if config.ppo.max_staleness and isinstance(fleet, ServerFleet):
+        last_seed = ppo.rollout_seed(config.seed, config.ppo.num_steps - 1)
+        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed)
+        log.include(ahead.metrics)
+    if config.ppo.max_resampling_rounds:
+        step_grader = dynamic = DynamicSampling(
+            grader,
+            step_fleet,
+            prompts,
+            num_responses=config.ppo.num_responses,
+            max_rounds=config.ppo.max_resampling_rounds,
+            seed=config.seed,
+        )
+        log.include(dynamic.metrics)
+    return step_fleet, step_grader
 
 
 def summarise(config: Config, log: RunLog) -> None:

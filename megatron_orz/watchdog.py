@@ -75,6 +75,11 @@ class Watchdog:
         peers = self._peers = Peers.connect()
         try:
             yield
+        except SystemExit:  # in order, and on every rank
+            if peers is not None:
+                with contextlib.suppress(dist.DistError):
+                    peers.finish()
+            raise
         except (Exception, KeyboardInterrupt) as error:
             if peers is not None:
                 _report(peers, error)

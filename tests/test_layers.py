@@ -16,6 +16,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"types"},
     "ranks": {"types", "config"},
     "command_line": set(),
+    "json_file": set(),
     "peers": {"command_line"},
     "watchdog": {"command_line", "peers", "ranks.RemoteError"},
     "ops": {"types", "_C"},
@@ -24,16 +25,24 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"types", "config"},
     "rewards": {"types", "config", "ranks"},
     "alerts": {"types"},
-    "logs": {"types", "config", "alerts"},
-    "metrics": {"types", "algorithms"},
-    "curves": {"logs.read_metrics"},
-    "engine": {"types", "config", "ops", "algorithms.losses"},
+    "log_files": set(),
+    "trackers": {"config"},
+    "logs": {"types", "config", "alerts", "json_file", "log_files", "trackers"},
+    "generations": {"types"},
+    "printable": set(),
+    "critic_analysis": {"ops", "generations", "metrics.repetition", "printable"},
+    "metrics": {"types", "config", "ranks", "algorithms", "ops", "logs", "generations"},
+    "curves": {"types", "logs.read_metrics"},
+    "engine": {"types", "config", "ops", "algorithms.losses", "json_file"},
     "rollout": {"types", "config", "ranks"},
     "evaluation": {"types", "config", "data", "rewards"},
+    "resampling": {"types", "data"},
+    "colocation": {"types"},
+    "ahead": {"types", "data"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
-    "conversion": {"types", "config", "engine", "checkpoint"},
+    "conversion": {"types", "config", "engine", "checkpoint", "json_file"},
     "compose": {"types", "config", "algorithms"},
     "debug": {"config"},
     "checks": {"types", "config", "command_line", "data", "engine"},
@@ -43,7 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Modules of other projects that only one layer knows.
-OWNED_BY = {"megatron.core": "engine", "vllm": "rollout"}
+OWNED_BY = {"megatron.core": "engine", "vllm": "rollout", "sglang": "rollout"}
 
 
 def sources() -> list[Path]:

@@ -7,9 +7,9 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -22,11 +22,10 @@ from megatron_orz.config import (
     PPOConfig,
     SamplingConfig,
 )
-from megatron_orz.curves import draw_curves
-from megatron_orz.logs import RunDirectoryError, RunLog, console_line, read_metrics, set_aside
+from megatron_orz.logs import LogPosition, RunDirectoryError, RunLog, console_line, read_metrics, set_aside
 
 
-def quiet_log(run_dir: Path, **options: bool) -> RunLog:
+def quiet_log(run_dir: Path, **options: Any) -> RunLog:
     return RunLog(run_dir, num_steps=10, console=Console(file=io.StringIO()), **options)
 
 
@@ -57,6 +56,25 @@ def test_what_is_recorded_is_on_disk_before_the_log_is_closed(tmp_path: Path) ->
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.25), (2, 0.5)]
     log.close()
+
+
+def test_a_distribution_is_a_histogram_of_the_next_record_alone(tmp_path: Path) -> None:
+    with quiet_log(tmp_path) as log:
+        log.distribution("response/correct_length", [1, 1, 2, 10])
+        log.distribution("response/wrong_length", [])
+        log.record(1, {"reward/mean": 0.25})
+        log.record(2, {"reward/mean": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert events.Tags()["histograms"] == ["response/correct_length"]
+    (event,) = events.Histograms("response/correct_length")
+    histogram = event.histogram_value
+    assert (event.step, histogram.min, histogram.max, histogram.num) == (1, 1, 10, 4)
+    assert (histogram.sum, histogram.sum_squares) == (14, 106)
+    # Bins of (10 - 1) / 30: 1 and 1 in the first, 2 in the fourth, 10 in the last, which holds its upper edge.
+    assert {i: count for i, count in enumerate(histogram.bucket) if count} == {0: 2, 3: 1, 29: 1}
+    assert histogram.bucket_limit[0] == pytest.approx(1.3)
+    assert histogram.bucket_limit[-1] == pytest.approx(10)
+    assert all(row.keys() == {"step", "reward/mean"} for row in read_metrics(tmp_path / "metrics.jsonl"))
 
 
 def test_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> None:
@@ -110,6 +128,30 @@ def test_half_a_line_left_by_a_crash_is_dropped(tmp_path: Path) -> None:
     with quiet_log(tmp_path) as log:
         log.record(2, {"reward/mean": 0.75})
     assert [row["reward/mean"] for row in read_metrics(path)] == [0.5, 0.75]
+
+
+def test_a_resumed_log_reads_as_if_nothing_had_interrupted_it(tmp_path: Path) -> None:
+    with quiet_log(tmp_path) as log:
+        for step in range(3):
+            log.record(step, {"reward/mean": float(step)})
+        position = LogPosition(3, log.flush())
+        log.record(3, {"reward/mean": -1.0})
+        log.record(4, {"reward/mean": -1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "rew')
+    with quiet_log(tmp_path, goes_on_at=position) as log:
+        log.record(3, {"reward/mean": 3.0})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["reward/mean"] for line in lines] == [0.0, 1.0, 2.0, 3.0]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(n, float(n)) for n in range(4)]
+
+
+def test_rows_that_are_missing_where_a_log_goes_on_are_not_made_up(tmp_path: Path) -> None:
+    with quiet_log(tmp_path, goes_on_at=LogPosition(3, 1000)) as log:
+        log.record(3, {"reward/mean": 3.0})
+        assert "metrics.jsonl lacks rows before step 3: 0 of 1000 bytes are there" in printed(log)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3]
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(tmp_path: Path) -> None:
@@ -238,34 +280,3 @@ def test_the_config_is_written_whole_beside_the_run(tmp_path: Path) -> None:
     assert written["ppo"]["num_steps"] == 3
     assert written["policy"]["path"] == "base"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "metrics.jsonl", "tensorboard"]
-
-
-def test_curves_draw_each_run_in_its_colour(tmp_path: Path) -> None:
-    """The first run is blue, the second red; a run without metrics leaves the frames empty."""
-    paths = [tmp_path / name / "metrics.jsonl" for name in ("empty", "first", "second")]
-    for num_steps, path in zip((0, 12, 40), paths, strict=True):
-        with quiet_log(path.parent) as log:
-            for step in range(num_steps):
-                log.record(
-                    step,
-                    {
-                        "reward/mean": step / num_steps,
-                        "policy/entropy": math.nan if step == 0 else 2 - step / num_steps,
-                        "log_prob_mismatch/max": 1e-5,
-                        "evaluation/digits/avg@4": 0.5,
-                    },
-                )
-
-    def num_blue_and_red_pixels(metrics_paths: Path | list[Path]) -> tuple[int, int]:
-        draw_curves(metrics_paths, tmp_path / "curves.png")
-        hue, saturation, _ = Image.open(tmp_path / "curves.png").convert("HSV").split()
-        hues = hue.histogram(saturation.point(lambda s: 255 * (s > 64), mode="1"))
-        return sum(hues[140:170]), sum(hues[:20])
-
-    assert num_blue_and_red_pixels(paths[0]) == (0, 0)
-    blue, red = num_blue_and_red_pixels(paths[1])
-    assert blue > 1000
-    assert red == 0
-    blue, red = num_blue_and_red_pixels(paths[1:])
-    assert blue > 1000
-    assert red > 1000

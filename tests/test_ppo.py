@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +31,8 @@ from megatron_orz.config import (
 )
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog, read_metrics
+from megatron_orz.metrics.rollouts import rollout_metrics
+from megatron_orz.metrics.traits import Traits
 from megatron_orz.types import (
     AdvantageKind,
     Experience,
@@ -213,16 +216,31 @@ def config(run_dir: Path, **ppo_values: Any) -> Config:
     )
 
 
-def train(config: Config, fleet: type[TableFleet] = TableFleet) -> Run:
+class Interrupted(Exception):
+    """Stands for whatever ends a run between two steps."""
+
+
+def train(config: Config, fleet: type[TableFleet] = TableFleet, *, interrupt_at: int | None = None) -> Run:
+    """interrupt_at: steps after which the run ends and goes on."""
     run = Run()
     server = fleet(run)
+
+    def on_step_end(num_done: int) -> None:
+        run.events.append(("done", num_done))
+        if num_done == interrupt_at:
+            raise Interrupted
 
     def evaluate() -> Metrics:
         run.events.append(("evaluate", server.version))
         return {"evaluation/test/score": 10.0 + server.version}
 
+    def record_rollouts(step: int, rollouts: Sequence[Rollout]) -> Metrics:
+        run.events.append(("record", (step, rollouts)))
+        return rollout_metrics(rollouts, [Traits(reflection=(), repetition=0.0)] * len(rollouts))
+
     with RunLog(config.run_dir, num_steps=config.ppo.num_steps, console=Console(file=io.StringIO())) as log:
-        ppo.run(
+        go = partial(
+            ppo.run,
             config,
             algorithm=compose(config),
             policy=BigramPolicy(run),
@@ -232,9 +250,14 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet) -> Run:
             grader=GoalGrader(),
             prompts=PromptStream(PROMPTS, seed=config.seed),
             evaluate=evaluate,
+            record_rollouts=record_rollouts,
             ranks=OneRank(),
             log=log,
         )
+        try:
+            go(on_step_end=on_step_end)
+        except Interrupted:
+            go(num_done=run.contents("done")[-1])
     run.rows = read_metrics(config.run_dir / "metrics.jsonl")
     return run
 
@@ -259,6 +282,17 @@ def test_step_n_is_generated_by_version_n(run: Run) -> None:
     assert run.contents("update") == [0, 1, 2, 3, 4]
     for step, rollouts in enumerate(run.contents("generate")):
         assert {rollout.policy_version for rollout in rollouts} == {step}
+
+
+def test_a_run_goes_on_behind_the_steps_that_are_done(run: Run, tmp_path: Path) -> None:
+    again = train(config(tmp_path, num_policy_updates=3), interrupt_at=2)
+    assert run.contents("done") == [1, 2, 3, 4]
+    assert again.contents("done") == [1, 2]
+    for kind in ("update", "evaluate", "generate", "seed"):
+        assert again.contents(kind) == run.contents(kind), kind
+    assert [row["step"] for row in again.rows] == [0, 1, 2, 3, 4]
+    for before, after in zip(run.rows, again.rows, strict=True):
+        assert before.get("policy/loss") == after.get("policy/loss")
 
 
 def test_an_epoch_takes_every_prompt_once(tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ def is_true(node: ast.Call, name: str) -> bool:
     )
 
 
+def is_given(node: ast.Call, name: str) -> bool:
+    return any(keyword.arg == name for keyword in node.keywords)
+
+
 def dangers(path: str, source: str) -> Iterator[str]:
     """Every construct that could run what comes from outside."""
     for node in ast.walk(ast.parse(source)):
@@ -70,8 +74,10 @@ def dangers(path: str, source: str) -> Iterator[str]:
             yield f"line {node.lineno}: a shell"
         if name == "torch.load" and not is_true(node, "weights_only"):
             yield f"line {node.lineno}: torch.load without weights_only"
-        if is_true(node, "trust_remote_code"):
-            yield f"line {node.lineno}: code of a model's repository"
+        if is_true(node, "trust_remote_code") or (
+            last == "from_pretrained" and not is_given(node, "trust_remote_code")
+        ):
+            yield f"line {node.lineno}: code of a model's repository; transformers asks unless told not to run it"
         if is_true(node, "allow_pickle") or name in ("yaml.load", "yaml.unsafe_load", "pandas.read_pickle"):
             yield f"line {node.lineno}: a pickle in disguise"
         if last in OBJECT_COLLECTIVES and path not in MAY_SEND_OBJECTS:
@@ -105,6 +111,7 @@ def test_nothing_from_outside_is_run(path: Path) -> None:
         "torch.load(file)",
         "torch.load(file, weights_only=False)",
         "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "AutoModel.from_pretrained(path)",
         "numpy.load(path, allow_pickle=True)",
         "dist.all_gather_object(values, value)",
         "verdict = self._connection.recv()",
@@ -160,10 +167,10 @@ def test_trainer_ranks_on_one_machine_listen_on_loopback_alone(world_size: int) 
     assert {address for address, _ in listening} == {"127.0.0.1"}
 
 
-def test_the_token_is_in_no_argument_and_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_orz.rollout import servers
+def test_a_server_gets_a_token_in_its_environment() -> None:
+    from megatron_orz.rollout import vllm_server
     from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
 
-    environment: Callable[..., dict[str, str]] = servers._environment
+    environment: Callable[..., dict[str, str]] = vllm_server._environment
     assert environment(on_cuda=False, cpu_threads=1)[TOKEN_VARIABLE] == server_token()
     assert len(server_token()) >= 32

@@ -26,10 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_orz import ppo
 from megatron_orz.config import to_json
-from megatron_orz.conversion.convert import plan_hf_to_megatron
+from megatron_orz.conversion.convert import plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 from megatron_orz.logs import read_metrics
 from megatron_orz.types import Metrics
+from tests.conversion.checkpoints import assert_same_tensors
 from tests.engine import tiny
 from tests.launch import free_port
 
@@ -128,6 +129,13 @@ def sentence(stderr: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (
+            "--deterministic --fleet.kind vllm",
+            r"deterministic needs fleet\.kind local, not vllm: .*; set fleet\.kind, .*",
+        ),
+        ("--hang-timeout-s 500", r"hang_timeout_s 500 is not above parallel\.timeout_s 600, .*; raise hang_timeout_s"),
+        ("--policy.optimizer.lr inf", r"policy\.optimizer\.lr inf is not a finite number"),
+        ("--fleet.port 99999", r"fleet\.port 99999 is no port; 0 picks a free one"),
         ("--parallel.tp 2", r"world size 1 is not a multiple of tp\*pp\*cp = 2\*1\*1; set parallel\.tp, .*"),
         ("--policy.path {home}/gpt2", r"\S+config\.json: model_type 'gpt2' is not one of llama, mistral, .*"),
         ("--critic.path {home}/none", r"\S+none holds no config\.json; .* must be a Hugging Face checkpoint directory"),
@@ -167,6 +175,11 @@ def sentence(stderr: str) -> str:
             r"8 rollouts a step cannot be split into 9 mini-batches; raise ppo\.num_prompts or lower .*",
         ),
         ("--ppo.num-steps 0", r"ppo\.num_steps 0 is not at least 1"),
+        ("--checkpoint.keep 0", r"checkpoint\.keep 0 < 1; set checkpoint\.interval 0 to save none"),
+        (
+            "--checkpoint.keep-every 15",
+            r"checkpoint\.keep_every 15 is not a multiple of .*interval 10, .*; make it one",
+        ),
         ("--policy.optimizer.lr 0", r"lr 0\.0 is not positive"),
     ],
 )
@@ -318,7 +331,7 @@ def without_times(run_dir: Path) -> list[Metrics]:
 def test_a_run_leaves_its_files_and_no_others(home: Path, finished: Finished) -> None:
     names = {path.name for path in finished.run_dir.iterdir()}
     files = {"config.json", "curves.png", "final", "metrics.jsonl", "tensorboard"}
-    assert names == files | {"checkpoints", "finished", ".lock"}
+    assert names == files | {"checkpoints", "final-critic", "finished", "generations", ".lock"}
     assert {path.name for path in (finished.run_dir / "checkpoints").iterdir()} == {"step-00000002", "latest"}
     config = runpy.run_path(str(home / "recipe.py"))["RECIPE"]
     assert (finished.run_dir / "config.json").read_text() == to_json(replace(config, fresh=True))
@@ -372,6 +385,16 @@ def test_the_same_command_again_finds_nothing_to_do(
     assert files_of(finished.run_dir) == before
 
 
+def test_checkpoints_and_exports_hold_the_final_weights(home: Path, tmp_path: Path) -> None:
+    assert command_line(home, "--checkpoint.export-interval", "2") == 0
+    plan_megatron_to_hf(tmp_path / "run" / "checkpoints" / "latest" / "policy", tmp_path / "converted").run(
+        lambda _: None
+    )
+    assert [path.name for path in (tmp_path / "run" / "exports").iterdir()] == ["step-00000002"]
+    for path in (tmp_path / "run" / "exports" / "step-00000002", tmp_path / "converted"):
+        assert_same_tensors(tmp_path / "run" / "final", path)
+
+
 def test_a_finished_run_goes_on_with_more_steps(home: Path, tmp_path: Path) -> None:
     assert command_line(home) == 0
     assert command_line(home, "--ppo.num-steps", "3") == 0
@@ -419,6 +442,48 @@ def test_a_directory_in_use_by_a_live_run_is_left_alone(
     assert files_of(finished.run_dir) == before
 
 
+def test_a_deterministic_run_repeats_bit_by_bit(home: Path, tmp_path: Path) -> None:
+    runs = [tmp_path / name for name in ("first", "second")]
+    try:
+        for run in runs:
+            torch.manual_seed(len(str(run)))  # a run does not depend on what went before
+            assert command_line(home, "--deterministic", "--run-dir", str(run)) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    first, second = runs
+    assert_same_bits(first, second)
+
+
+def assert_same_bits(first: Path, second: Path) -> None:
+    """The same weights, and the same metrics of every step, except for those that measure time."""
+    weights = [(run / "final" / "model.safetensors").read_bytes() for run in (first, second)]
+    assert weights[0] == weights[1]
+    rows = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
+    measured = [
+        [{name: x for name, x in row.items() if not name.startswith(("time/", "tokens_per_s"))} for row in of_run]
+        for of_run in rows
+    ]
+    assert len(measured[0]) == 3
+    assert measured[0] == measured[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [(), ("--parallel.tp", "2")])
+def test_deterministic_ranks_repeat_bit_by_bit(home: Path, tmp_path: Path, layout: tuple[str, ...]) -> None:
+    runs = [tmp_path / name for name in ("first", "second")]
+    for run in runs:
+        grid = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        arguments = ("--deterministic", "--run-dir", str(run), *layout)
+        ranks = [run_process(home, *arguments, RANK=str(rank), LOCAL_RANK=str(rank), **grid) for rank in range(2)]
+        try:
+            said = [rank.communicate(timeout=2 * DEADLINE_S)[1] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert_same_bits(*runs)
+
+
 def test_another_seed_gives_another_run(home: Path, finished: Finished, tmp_path: Path) -> None:
     assert command_line(home, "--seed", "1", "--ppo.num-steps", "1") == 0
     first, other = without_times(finished.run_dir)[0], without_times(tmp_path / "run")[0]
@@ -460,6 +525,22 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
         assert not list(disk.rglob("*final*"))
         assert not list(disk.rglob("*.tmp"))
         assert (disk / "run" / "metrics.jsonl").read_bytes()[-1:] in (b"", b"\n")
+
+
+def test_a_disk_too_small_for_a_second_checkpoint_keeps_the_first(
+    home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with disk_of(tmp_path / "disk", 7000) as disk:
+        at_every_step = ("--run-dir", str(disk / "run"), "--checkpoint.interval", "1", "--ppo.num-steps", "3")
+        for _ in range(2):
+            assert command_line(home, *at_every_step) == 2
+            expected = (
+                r"cannot write the checkpoint of step 2 \(.*No space left on device.*it goes on from step-00000001"
+            )
+            assert re.fullmatch(expected, sentence(capfd.readouterr().err.splitlines()[-1]))
+        assert command_line(home, *at_every_step, "--checkpoint.interval", "0") == 0
+        assert command_line(home, "--ppo.num-steps", "3") == 0
+        assert json.dumps(without_times(disk / "run")) == json.dumps(without_times(tmp_path / "run"))
 
 
 def test_a_disk_too_small_for_the_curves_keeps_the_checkpoint(

@@ -36,6 +36,7 @@ FLAGS = [
 
 # The generated header of c10/cuda is missing from CPU builds of torch; it only says how c10 was linked.
 BINDING_FLAGS = ["-std=c++20", "-Xcompiler=-fsyntax-only,-Wall,-Werror", "-DC10_USING_CUSTOM_GENERATED_MACROS"]
+COMPILE_TIMEOUT_S = 1200.0
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def main() -> None:
 
 def compiler_report(command: list[str], source: Path) -> str:
     """What the compiler says on stderr; exits with it if it fails."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S)
     if result.returncode != 0:
         raise SystemExit(f"{source.name} does not compile:\n{' '.join(command)}\n{result.stdout}{result.stderr}")
     return result.stderr
@@ -126,7 +127,7 @@ def readable(mangled: str) -> str:
     """The name and template arguments of a kernel, `logits_stats_kernel<512, 4>`; as given without c++filt."""
     if shutil.which("c++filt") is None:
         return mangled
-    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     name = re.sub(r"\(anonymous namespace\)::|\w+::", "", name.removeprefix("void "))
     name = re.sub(r"\((?:int|bool)\)", "", name)
     return name.split("(")[0]

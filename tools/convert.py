@@ -134,7 +134,9 @@ def verify(command: Verify) -> int:
     from megatron_orz.engine.outputs import megatron_outputs, transformers_outputs
     from megatron_orz.engine.torch_dist import is_torch_dist
 
-    token_ids = AutoTokenizer.from_pretrained(command.first, local_files_only=True)(command.text)["input_ids"]
+    token_ids = AutoTokenizer.from_pretrained(command.first, local_files_only=True, trust_remote_code=False)(
+        command.text
+    )["input_ids"]
     first, second = (
         (megatron_outputs if is_torch_dist(path) else transformers_outputs)(path, token_ids, command.dtype)
         for path in (command.first, command.second)

@@ -9,6 +9,7 @@ python tools/curate.py synthesize --task countdown --level 2 --num-problems 5000
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,7 +35,8 @@ from megatron_orz.data.curation.pipeline import curate
 from megatron_orz.data.curation.report import write_report
 from megatron_orz.data.curation.rules import Rules
 from megatron_orz.data.curation.stage import Advance, Candidate, Stage, Verdict
-from megatron_orz.data.curation.store import Store, file_digest
+from megatron_orz.data.curation.store import Store, file_digest, write_atomically
+from megatron_orz.data.generators.catalogue import make
 from megatron_orz.data.prompts import resolve_template
 from megatron_orz.data.reading import data_files, read_problems
 from megatron_orz.rewards.math_answer import Verifier
@@ -94,7 +96,25 @@ class Explain:
     """The row's number among all rows, as in decisions.parquet and the report."""
 
 
-Command: TypeAlias = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Explain, tyro.conf.subcommand("explain")]
+@dataclass(frozen=True, kw_only=True)
+class Synthesize:
+    """Makes reasoning problems to order, all different, each with its only right answer."""
+
+    task: str
+    """`arithmetic`, `countdown`, `logic`, or `reasoning-gym:NAME` for a data set of that library."""
+    level: int
+    """Difficulty, from 1."""
+    num_problems: int
+    output: Path
+    """The .jsonl file to write."""
+    seed: int = 0
+
+
+Command: TypeAlias = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Explain, tyro.conf.subcommand("explain")]
+    | Annotated[Synthesize, tyro.conf.subcommand("synthesize")]
+)
 
 
 def main() -> None:
@@ -105,17 +125,20 @@ def main() -> None:
                 run(command)
             case Explain():
                 explain(command)
+            case Synthesize():
+                synthesize(command)
 
 
 def run(command: Run) -> None:
     files = list(dict.fromkeys(file for path in command.input for file in data_files(path)))
+    store = Store(command.output / "stages")
+    planned = stages(command, store)
     command.output.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(command.output / ".lock", timeout=0):
-            store = Store(command.output / "stages")
             curation = curate(
                 files,
-                stages(command, store),
+                planned,
                 columns=command.columns,
                 store=store,
                 progress=bar,
@@ -143,12 +166,15 @@ def stages(command: Run, store: Store) -> list[Stage]:
         Stage(name="duplicates", judge=command.duplicates.judge, identity=asdict(command.duplicates)),
     ]
     if command.evaluation:
-        problems = [problem for path in command.evaluation for problem in read_problems(path)]
+        files = [file for path in command.evaluation for file in data_files(path)]
+        problem_column, answer_column = command.columns.problem, command.columns.answer
+        read = partial(read_problems, problem_column=problem_column, answer_column=answer_column)
+        problems = [problem for file in files for problem in read(file)]
         chosen.append(
             Stage(
                 name="contamination",
                 judge=partial(command.decontamination.judge, evaluation=problems),
-                identity=asdict(command.decontamination) | {"evaluation": [*map(file_digest, command.evaluation)]},
+                identity=asdict(command.decontamination) | {"evaluation": [*map(file_digest, files)]},
             )
         )
     chosen.append(
@@ -203,7 +229,7 @@ def open_sampler(command: Run) -> Iterator[Sampler]:
     disable_progress_bar()
     difficulty, verifier = command.difficulty, command.verifier
     assert difficulty.model is not None
-    tokenizer = AutoTokenizer.from_pretrained(difficulty.model, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(difficulty.model, local_files_only=True, trust_remote_code=False)
     # A fleet serves what a trainer trains; here nothing is trained, and the learning rate is never read.
     model = ModelConfig(path=difficulty.model, optimizer=OptimizerConfig(lr=1e-6), dtype=command.dtype)
     with (
@@ -244,6 +270,22 @@ def explain(command: Explain) -> None:
     for line in decision["trail"]:
         print(f"  {line}")
     print(f"question: {decision['question']}\nanswer: {decision['answer']}")
+
+
+def synthesize(command: Synthesize) -> None:
+    if command.output.suffix != ".jsonl":
+        raise ValueError(f"--output {command.output} must end in .jsonl, the form that is written")
+    if command.num_problems < 1:
+        raise ValueError(f"--num-problems {command.num_problems} is not at least 1")
+    made = make(command.task, level=command.level, num_problems=command.num_problems, seed=command.seed)
+    with bar(command.task, command.num_problems) as advance:
+        lines = []
+        for problem in made:
+            lines.append(json.dumps({"question": problem.question, "answer": problem.answer}) + "\n")
+            advance(1)
+    command.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(command.output, lambda file: file.write("".join(lines).encode()))
+    print(f"{len(lines):,} problems in {command.output}")
 
 
 if __name__ == "__main__":

@@ -20,15 +20,17 @@ class BareServer:
     manager that ends the process.
 
     verifies: take digests of what is received, so that a sender can compare them.
+    device, dtype: where the weights go, and in which type they are asked for.
     """
 
     url = "http://127.0.0.1"
 
-    def __init__(self, *, verifies: bool = False) -> None:
+    def __init__(self, *, verifies: bool = False, device: str = "cpu", dtype: str = "float32") -> None:
         self._pipe, theirs = multiprocessing.Pipe()
         self._turn = Lock()
         self._num_requests = 0
-        self.process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs, verifies), daemon=True)
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=_serve, args=(theirs, verifies, device, dtype), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -69,9 +71,9 @@ class BareServer:
         self._pipe.close()
 
 
-def _serve(pipe: Connection, verifies: bool) -> None:
+def _serve(pipe: Connection, verifies: bool, device: str, dtype: str) -> None:
     torch.set_num_threads(1)
-    server = _Server(verifies)
+    server = _Server(verifies, torch.device(device), dtype)
     while True:
         try:
             number, path, body = pipe.recv()
@@ -85,18 +87,21 @@ def _serve(pipe: Connection, verifies: bool) -> None:
 
 
 class _Server:
-    def __init__(self, verifies: bool) -> None:
+    def __init__(self, verifies: bool, device: torch.device, dtype: str) -> None:
         self._verifies = verifies
+        self._device = device
+        self._dtype = dtype
         self._receiver: WeightReceiver | None = None
         self._held: dict[str, dict[str, Any]] = {}
 
     def answer(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         match path:
             case "/init_weight_transfer_engine":
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                self._receiver = WeightReceiver(Offer(**body["init_info"]), 0, device)
+                self._receiver = WeightReceiver(Offer(**body["init_info"]), 0, self._device)
             case "/update_weights":
                 self._receive(body["update_info"]["first_message"])
+            case "/collective_rpc" if body["method"] == "weight_dtype":
+                return {"results": [{"dtype": self._dtype}]}
             case "/collective_rpc":
                 return {"results": [{name: [self._held[name]] for name in body["args"][0]}]}
         return {"success": True}
@@ -107,3 +112,5 @@ class _Server:
             for name, tensor in tensors if self._verifies else ():
                 matrix = as_matrix(tensor)
                 self._held[name] = {"block": Block(0, 0, *matrix.shape), "digest": digest(matrix), "place": name}
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # what was read is released next

@@ -59,5 +59,7 @@ def _version(package: str) -> str | None:
 def _git(*arguments: str) -> str | None:
     """What git says of the checkout this file is in; None outside one."""
     here = Path(__file__).parent
-    result = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
     return result.stdout.strip() if result.returncode == 0 else None

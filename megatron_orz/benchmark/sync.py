@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_orz.benchmark import environment
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.benchmark.measure import Run, interleaved_times
-from megatron_orz.config import FleetConfig, TransportKind
+from megatron_orz.config import TransportKind
 from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport
 
@@ -69,7 +69,7 @@ class Arguments:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in the trainer."""
     wire_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the weights on the way; as they are by default."""
+    """Of the weights on the way, which is the servers'; that of the trainer by default."""
     repeats: int = 5
     """Timed updates of each transport."""
     folder: Path | None = None
@@ -91,8 +91,9 @@ class Arguments:
 
     @property
     def transports(self) -> tuple[TransportKind, ...]:
-        """What to time."""
-        with_gpu: tuple[TransportKind, ...] = ("nccl",) if self.device == "cuda" else ()
+        """What to time: all that this machine has."""
+        # Each process of a group needs a GPU of its own.
+        with_gpu: tuple[TransportKind, ...] = ("nccl",) if torch.cuda.device_count() > self.num_servers else ()
         return self.transport or ("ipc", *with_gpu, "gloo", "disk")
 
 
@@ -155,12 +156,14 @@ def measure(weights: Sequence[tuple[str, Tensor]], arguments: Arguments) -> dict
         runs: dict[str, Run] = {MEMCPY: _memcpy(weights)}
         if "disk" in arguments.transports:
             runs[DISK] = _disk(weights, folder / "raw")
-        kinds, num_servers = arguments.transports, arguments.num_servers
-        started = {kind: [stack.enter_context(BareServer()) for _ in range(num_servers)] for kind in kinds}
+        dtype = arguments.wire_dtype or arguments.dtype
+        started = {
+            kind: [stack.enter_context(BareServer(device=device, dtype=dtype)) for device in _devices(arguments)]
+            for kind in arguments.transports
+        }
         for kind, servers in started.items():
-            half = build_transport(FleetConfig(transport=kind), folder=folder, is_one_machine=True)
-            dtype = getattr(torch, arguments.wire_dtype) if arguments.wire_dtype else None
-            sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, dtype=dtype, verification="off")
+            half = build_transport(kind, folder=folder)
+            sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, verification="off")
             stack.enter_context(closing(sender))
             sender.connect()
             runs[kind] = partial(_send, sender, weights)
@@ -183,6 +186,14 @@ def table(model: str, times: Mapping[str, Sequence[float]], num_bytes: int, argu
         cells = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{speed:.2f}", f"{shares[name]:.0%}"]
         result.add_row(name, *cells)
     return result
+
+
+def _devices(arguments: Arguments) -> list[str]:
+    """Of the servers: the GPUs after the trainer's, or its own where it is the only one."""
+    if arguments.device == "cpu":
+        return ["cpu"] * arguments.num_servers
+    others = range(1, torch.cuda.device_count()) or range(1)
+    return [f"cuda:{others[index % len(others)]}" for index in range(arguments.num_servers)]
 
 
 def _send(sender: WeightSender, weights: Sequence[tuple[str, Tensor]]) -> None:

@@ -70,7 +70,7 @@ class Manifest:
     world_size: int
     """Ranks that saved it."""
     recipe: dict[str, Any]
-    """The run's config, flattened (`recipe.flatten`)."""
+    """Of the run (`recipe.recipe_of`)."""
     versions: dict[str, str]
     """Of Python and the libraries the bits depend on."""
     files: dict[str, FileDigest]

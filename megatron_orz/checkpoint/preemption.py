@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from megatron_orz.ranks import Ranks
 
@@ -42,21 +43,21 @@ class Preemption:
 
     def stop(self) -> None:
         """Ends the process with the exit code for requeueing."""
-        self._say("stopped by a signal after a checkpoint; the same command goes on from it")
+        if self._ranks.rank == 0:
+            self._say("stopped by a signal after a checkpoint; the same command goes on from it")
         sys.exit(REQUEUE)
 
     def __enter__(self) -> Self:
-        self._handlers = {number: signal.signal(number, self._note) for number in _SIGNALS}
-        self._alarm = signal.signal(signal.SIGALRM, self._give_up)
+        self._handlers: dict[int, Any] = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if self._received is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        signal.signal(signal.SIGALRM, self._alarm)
         if self._received is not None and isinstance(error, Exception):
             self._say(f"stopped by {self._received}; the step that was under way failed: {error}")
             sys.exit(REQUEUE)
@@ -64,9 +65,17 @@ class Preemption:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received is None:
             self._received = signal.Signals(number).name
-            self._say(f"{self._received}: stopping at the end of the step, within {self._grace_s:g} s")
+            _say_at_once(f"{self._received}: stopping at the end of the step, within {self._grace_s:g} s")
+            self._handlers[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
             signal.setitimer(signal.ITIMER_REAL, self._grace_s)
 
     def _give_up(self, number: int, frame: FrameType | None) -> None:
-        self._say(f"the step did not end within {self._grace_s:g} s; the same command goes on from the last checkpoint")
+        _say_at_once(
+            f"the step did not end within {self._grace_s:g} s; the same command goes on from the last checkpoint"
+        )
         sys.exit(REQUEUE)
+
+
+def _say_at_once(message: str) -> None:
+    """As a signal handler may: it can interrupt a `print`, which another one must not enter."""
+    os.write(2, f"{message}\n".encode())

@@ -1,12 +1,14 @@
-"""What makes two runs the same: every field of the config but those that only say how it is carried out."""
+"""What makes two runs the same: the training prompts, and the config but for what says how a run is carried out."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_orz.config import Config, to_json
+from megatron_orz.types import Prompt
 
 FREE = (
     "run_dir",
@@ -26,9 +28,12 @@ FREE = (
 """Fields, and groups of fields, with which a run may go on changed."""
 
 
-def flatten(config: Config) -> dict[str, Any]:
-    """Every field by its dotted name, as JSON knows it."""
-    return dict(_leaves("", json.loads(to_json(config))))
+def recipe_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Every field by its dotted name, as JSON knows it, and a digest of the training prompts as `data.content`."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.prompt_id, prompt.token_ids, prompt.answer)).encode())
+    return dict(_leaves("", json.loads(to_json(config)))) | {"data.content": digest.hexdigest()[:16]}
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:

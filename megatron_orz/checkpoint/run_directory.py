@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from megatron_orz.checkpoint.manifest import Manifest
-from megatron_orz.checkpoint.recipe import differences, flatten
+from megatron_orz.checkpoint.recipe import differences
 from megatron_orz.checkpoint.store import CheckpointStore
 from megatron_orz.config import Config
 from megatron_orz.logs import METRICS_FILE, set_aside, writing
@@ -49,15 +50,18 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def open_run_directory(config: Config, ranks: Ranks, say: Callable[[str], None]) -> Iterator[RunDirectory]:
+def open_run_directory(
+    config: Config, recipe: Mapping[str, Any], ranks: Ranks, say: Callable[[str], None]
+) -> Iterator[RunDirectory]:
     """Locks `config.run_dir` for this run and finds its last sound checkpoint. Collective.
 
     What a run without a checkpoint left there is set aside; so is everything with `config.fresh`.
+    recipe: `recipe_of` the config.
     say: is told on rank 0 what was found.
 
     Raises ValueError when a live run uses the directory, its checkpoints are of another recipe, or all damaged.
     """
-    run_dir, recipe = config.run_dir, flatten(config)
+    run_dir = config.run_dir
     with contextlib.ExitStack() as stack:
         with ranks.share_fate("preparing the run directory"):
             if ranks.rank == 0:
@@ -68,7 +72,7 @@ def open_run_directory(config: Config, ranks: Ranks, say: Callable[[str], None])
         resumed = store.newest_sound(say)
         with ranks.share_fate("preparing the run directory"):
             if resumed is not None:
-                _check_recipe(config, resumed)
+                _check_recipe(config, recipe, resumed)
             elif ranks.rank == 0 and _holds_rows(run_dir):
                 _begin_anew(run_dir, stack, say)
         yield RunDirectory(path=run_dir, num_steps=config.ppo.num_steps, store=store, resumed=resumed)
@@ -95,13 +99,13 @@ def _holds_rows(run_dir: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def _check_recipe(config: Config, resumed: Manifest) -> None:
+def _check_recipe(config: Config, recipe: Mapping[str, Any], resumed: Manifest) -> None:
     if (num_done := resumed.progress.step) > config.ppo.num_steps:
         raise ValueError(
             f"{config.run_dir} holds a run of {num_done} steps, more than ppo.num_steps {config.ppo.num_steps}; raise "
             "it, set run_dir, or begin anew with --fresh"
         )
-    if found := differences(flatten(config), resumed.recipe):
+    if found := differences(recipe, resumed.recipe):
         raise ValueError(
             f"{config.run_dir} holds a run of another recipe: {'; '.join(found)}; restore the recipe, set run_dir, "
             "or begin anew with --fresh"

@@ -1,37 +1,31 @@
-"""The checkpoints of a run: written whole or not at all, proved sound before one is used, thinned out.
-
-    checkpoints/
-      step-00000040/        a checkpoint: a directory for each part, and manifest.json
-      latest                a link to the newest one, set last
-      .step-00000050.*      unfinished, or on its way out
+"""Saving and restoring the parts of a run.
 
 Ranks write their files in a thread while training goes on, one checkpoint at a time. When all have written, rank 0
-describes the whole, lists every file's digest in the manifest, and renames the directory, which is what makes it a
-checkpoint. Every call is collective.
+describes the whole, lists every file's digest in the manifest, and gives the directory its name, which is what makes it
+a checkpoint. Every call is collective.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import platform
-import secrets
-import shutil
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from rich.progress import track
 
+from megatron_orz.checkpoint.directory import CheckpointDirectory, flush
 from megatron_orz.checkpoint.hf_export import copy_companions
 from megatron_orz.checkpoint.manifest import DamagedCheckpointError, FileDigest, Manifest, Progress
 from megatron_orz.config import CheckpointConfig
 from megatron_orz.ranks import Ranks
 from megatron_orz.types import PendingSave, Stateful
-
-LATEST = "latest"
 
 
 class CheckpointWriteError(RuntimeError):
@@ -64,10 +58,10 @@ class _Save:
 
 
 class CheckpointStore:
-    """Saves and restores the parts of a run."""
+    """The checkpoints of one run, written and read by all of its ranks."""
 
-    def __init__(self, directory: Path, config: CheckpointConfig, *, recipe: Mapping[str, Any], ranks: Ranks) -> None:
-        self._directory = directory
+    def __init__(self, path: Path, config: CheckpointConfig, *, recipe: Mapping[str, Any], ranks: Ranks) -> None:
+        self._directory = CheckpointDirectory(path)
         self._config = config
         self._recipe = dict(recipe)
         self._ranks = ranks
@@ -80,9 +74,9 @@ class CheckpointStore:
         Raises CheckpointWriteError.
         """
         self.wait()
-        directory = self._begin(progress.step, parts)
-        # An error of one rank in here ends its process, and with it the collectives the others wait in.
         with self._explained(progress.step):
+            directory = self._begin(progress.step, parts)
+            # An error of one rank in here ends its process, and with it the collectives the others wait in.
             pending = {
                 name: part.save_state(directory / name, copy=self._config.asynchronous) for name, part in parts.items()
             }
@@ -105,59 +99,60 @@ class CheckpointStore:
     def restore(self, manifest: Manifest, parts: Mapping[str, Stateful]) -> None:
         """Takes up the state of every part."""
         for name, part in parts.items():
-            part.load_state(self._directory / _name(manifest.progress.step) / name)
+            part.load_state(self._directory.of(manifest.progress.step) / name)
 
-    def newest_sound(self, report: Any) -> Manifest | None:
+    def newest_sound(self, report: Callable[[str], None]) -> Manifest | None:
         """The manifest of the newest checkpoint whose files all have their digests; None where there is none at all.
 
         report: is told of every damaged one, on rank 0. It is kept under another name.
         Raises ValueError when all of them are damaged.
         """
+        is_main = self._ranks.rank == 0
         with self._ranks.share_fate("looking for checkpoints"):
-            if self._ranks.rank == 0:
-                self._clean_up()
+            if is_main:
+                self._directory.clean_up()
         damages = []
-        for name in self._ranks.broadcast(self._names() if self._ranks.rank == 0 else None):
-            manifest, problems = self._examine(self._directory / name)
+        for name in self._ranks.broadcast(self._directory.names() if is_main else None):
+            manifest, problems = self._examine(self._directory.path / name)
             if manifest is not None and not problems:
                 return manifest
-            damage = f"checkpoint {self._directory / name} is damaged: {'; '.join(problems)}"
-            damages.append(damage)
-            if self._ranks.rank == 0:
-                report(f"{damage}. It is left out, and kept as damaged-{name}")
-                self._set_aside(name)
+            damages.append(f"checkpoint {self._directory.path / name} is damaged: {'; '.join(problems)}")
+            if is_main:
+                report(f"{damages[-1]}. It is left out, and kept as {self._directory.set_aside(name).name}")
         if damages:
             raise ValueError(
-                f"no sound checkpoint is left in {self._directory} ({' | '.join(damages)}); "
+                f"no sound checkpoint is left in {self._directory.path} ({' | '.join(damages)}); "
                 "restore the files, or begin anew with --fresh"
             )
         return None
 
-    def _examine(self, directory: Path) -> tuple[Manifest | None, list[str]]:
+    def _examine(self, checkpoint: Path) -> tuple[Manifest | None, list[str]]:
         """The manifest and what is wrong with the checkpoint; each rank reads a part of the files."""
         found: tuple[Manifest | None, list[str]] | None = None
         if self._ranks.rank == 0:
             try:
-                found = Manifest.read(directory), []
+                found = Manifest.read(checkpoint), []
             except DamagedCheckpointError as error:
                 found = None, [str(error)]
         manifest, problems = self._ranks.broadcast(found)
         if manifest is None:
             return None, problems
         mine = sorted(manifest.files)[self._ranks.rank :: self._ranks.size]
+        is_shown = self._ranks.rank == 0 and sys.stdout.isatty()
         problems = [
-            f"{name} {problem}" for name in mine if (problem := manifest.files[name].problem_of(directory / name))
+            f"{name} {problem}"
+            for name in track(mine, f"checking {checkpoint.name}", transient=True, disable=not is_shown)
+            if (problem := manifest.files[name].problem_of(checkpoint / name))
         ]
         return manifest, [problem for of_rank in self._ranks.gather(problems) for problem in of_rank]
 
     def _begin(self, step: int, parts: Mapping[str, Stateful]) -> Path:
-        """Makes the directories of a checkpoint, under a name that no process of an earlier attempt knows."""
-        with self._explained(step), self._ranks.share_fate("making the checkpoint's directory"):
-            directory = None
+        directory = None
+        with self._ranks.share_fate("making the checkpoint's directory"):
             if self._ranks.rank == 0:
-                directory = self._directory / f".{_name(step)}.{secrets.token_hex(4)}"
+                directory = self._directory.begin(step)
                 for name in parts:
-                    (directory / name).mkdir(parents=True)
+                    (directory / name).mkdir()
         return self._ranks.broadcast(directory)
 
     def _finish(self) -> None:
@@ -182,7 +177,7 @@ class CheckpointStore:
         for file in sorted(path for path in save.directory.rglob("*") if path.is_file()):
             name = str(file.relative_to(save.directory))
             if name not in digests:  # written by this rank on the way, and perhaps not on disk yet
-                _flush(file)
+                flush(file)
                 digests[name] = FileDigest.of(file)
         manifest = Manifest(
             progress=save.progress,
@@ -192,86 +187,27 @@ class CheckpointStore:
             files=dict(sorted(digests.items())),
         )
         manifest.write(save.directory)
-        for directory in (*(save.directory / name for name in save.pending), save.directory):
-            _flush(directory)
-        target = self._directory / _name(save.progress.step)
-        if target.exists():  # of a run that went on from an older one
-            self._discard(target)
-        save.directory.rename(target)
-        _flush(self._directory)
-        link = self._directory / f".{LATEST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(target.name)
-        link.replace(self._directory / LATEST)
-        _flush(self._directory)
-        self._thin_out()
+        self._directory.commit(save.directory, save.progress.step)
+        self._directory.thin_out(keep=self._config.keep, keep_every=self._config.keep_every)
 
-    def _names(self) -> list[str]:
-        """Checkpoints, the newest first."""
-        return sorted((path.name for path in self._directory.glob("step-*")), reverse=True)
-
-    def _thin_out(self) -> None:
-        """Keeps the newest ones, and those of every so many steps."""
-        for name in self._names()[self._config.keep :]:
-            step = int(name.removeprefix("step-"))
-            if not (self._config.keep_every and step % self._config.keep_every == 0):
-                self._discard(self._directory / name)
-
-    def _discard(self, checkpoint: Path) -> None:
-        """Half of a checkpoint must never stand under its name."""
-        leaving = checkpoint.with_name(f".{checkpoint.name}.{secrets.token_hex(4)}")
-        checkpoint.rename(leaving)
-        shutil.rmtree(leaving)
-
-    def _set_aside(self, name: str) -> None:
-        target = self._directory / f"damaged-{name}"
-        shutil.rmtree(target, ignore_errors=True)
-        (self._directory / name).rename(target)
-
-    def _clean_up(self) -> None:
-        for leftover in self._directory.glob(".step-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def _explained(self, step: int) -> _Explained:
-        return _Explained(self, step)
-
-    def remedy(self) -> str:
-        """What the run goes on from when it is started again."""
-        names = self._names()
-        goes_on = f"goes on from {names[0]}" if names else "begins anew"
-        return f"free some space or repair the file system, and run the same command again: it {goes_on}"
-
-
-class _Explained:
-    """Says of an OSError that it was a checkpoint that could not be written, and what to do."""
-
-    def __init__(self, store: CheckpointStore, step: int) -> None:
-        self._store, self._step = store, step
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, OSError):
-            where = error.filename or self._store._directory / _name(self._step)
+    @contextlib.contextmanager
+    def _explained(self, step: int) -> Iterator[None]:
+        """Leaves nothing of a save that fails, and says of an OSError what could not be written, and what to do."""
+        try:
+            yield
+        except Exception as error:
+            if self._ranks.rank == 0:
+                self._directory.clean_up()
+            if not isinstance(error, OSError):
+                raise
+            names = self._directory.names()
+            goes_on = f"goes on from {names[0]}" if names else "begins anew"
             raise CheckpointWriteError(
-                f"cannot write the checkpoint of step {self._step} ({where}: {error.strerror or error}); "
-                f"{self._store.remedy()}"
+                f"cannot write the checkpoint of step {step} ({error.filename or self._directory.path}: "
+                f"{error.strerror or error}); free some space or repair the file system, and run the same command "
+                f"again: it {goes_on}"
             ) from error
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
 
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-
-
-def _flush(path: Path) -> None:
-    """Brings a file or the entries of a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

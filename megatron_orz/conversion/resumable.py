@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
+from megatron_orz.json_file import read_json
+
 JOURNAL = "conversion.json"
 
 Advance: TypeAlias = Callable[[int], None]
@@ -82,7 +84,7 @@ def _write(
     advance: Advance,
 ) -> None:
     journal = _journal(directory)
-    if journal.get("identity") != identity:
+    if journal.get("identity") != identity or "finished" not in journal:
         shutil.rmtree(directory, ignore_errors=True)
         journal = {"identity": identity, "finished": {}}
         directory.mkdir()
@@ -100,11 +102,12 @@ def _write(
 
 
 def _journal(directory: Path) -> dict[str, Any]:
+    """Empty where there is none, or one that says nothing."""
     try:
-        journal: dict[str, Any] = json.loads((directory / JOURNAL).read_text())
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        journal = read_json(directory / JOURNAL)
+    except ValueError:
         return {}
-    return journal
+    return journal if isinstance(journal, dict) and isinstance(journal.get("finished", {}), dict) else {}
 
 
 def _save(file: Path, content: Mapping[str, Any]) -> None:

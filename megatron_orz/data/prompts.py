@@ -142,6 +142,10 @@ class PromptStream:
             for index in self._order(epoch)[max(first - epoch * epoch_size, 0) : last - epoch * epoch_size]
         ]
 
+    def upcoming(self, num_prompts: int) -> list[Prompt]:
+        """What `take` would return."""
+        return PromptStream(self._prompts, seed=self._seed, cursor=self.cursor).take(num_prompts)
+
     def _order(self, epoch: int) -> list[int]:
         order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts)).tolist()
         return order

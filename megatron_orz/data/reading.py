@@ -17,6 +17,8 @@ from megatron_orz.types import AnswerKind
 
 RowFault: TypeAlias = Literal["malformed", "encoding", "missing_column", "empty", "wrong_type"]
 SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")
+_SHOWN_CHARS = 200
+"""What a message shows of a value."""
 _BOOKKEEPING = ("dataset_info.json", "dataset_dict.json", "dataset_infos.json", "state.json")
 
 
@@ -91,8 +93,8 @@ def read_rows(
                 rows = _read_jsonl(path)
             case ".parquet" | ".arrow":
                 rows = _read_table(path, (problem_column, answer_column), id_column)
-            case suffix:
-                raise ValueError(f"{path}: unknown kind of file {suffix!r}; use {', '.join(SUFFIXES)}")
+            case _:
+                raise _unknown_kind(path)
         for place, row in rows:
             if isinstance(row, RowError):
                 yield row
@@ -115,10 +117,14 @@ def read_rows(
 def data_files(path: Path) -> list[Path]:
     """The file itself, or the data files below a directory, such as one that `datasets` saved to disk.
 
-    Raises ValueError where there are none.
+    Raises ValueError where there are none, and for a file of another kind.
     """
-    if not path.is_dir():
+    if path.is_file() and path.suffix in SUFFIXES:
         return [path]
+    if path.is_file():
+        raise _unknown_kind(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or directory; name one that exists")
     files = sorted(
         file
         for file in path.rglob("*")
@@ -127,6 +133,10 @@ def data_files(path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"{path}: holds no data files ({', '.join(SUFFIXES)}); name a directory that does")
     return files
+
+
+def _unknown_kind(path: Path) -> ValueError:
+    return ValueError(f"{path}: unknown kind of file {path.suffix!r}; use {', '.join(SUFFIXES)}")
 
 
 def _problem(row: Any, place: str, problem: Any, answer: Any, kind: AnswerKind, id_column: str | None) -> Problem:
@@ -276,12 +286,9 @@ def _column(row: Any, column: str, place: str) -> Any:
 
 
 def _missing_column(column: str, present: Sequence[str], place: str) -> RowError:
-    listed = ", ".join(map(repr, present)) or "none"
+    listed = ", ".join(map(repr, present))[:_SHOWN_CHARS] or "none"
     rule = f"has no column {column!r}, only {listed}; set data.problem_column and data.answer_column"
     return RowError("missing_column", place, rule)
-
-
-_SHOWN_CHARS = 100
 
 
 def _text(value: Any, name: str, place: str) -> str:

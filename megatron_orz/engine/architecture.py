@@ -5,7 +5,6 @@ Read before any model is built: an option that would be ignored in silence is an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from megatron_orz.config import ParallelConfig
 from megatron_orz.engine.families import FAMILIES
 from megatron_orz.engine.rope import LlamaScaling, Rope
 from megatron_orz.engine.stages import layers_of_chunks
+from megatron_orz.json_file import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +101,14 @@ def read_architecture(path: Path) -> Architecture:
     if not config_file.is_file():
         raise ValueError(f"{path} holds no config.json; model.path must be a Hugging Face checkpoint directory")
     try:
-        options: Any = json.loads(config_file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config_file} is not valid JSON ({error}); copy the checkpoint again") from error
+        options = read_json(config_file)
+    except ValueError as error:
+        raise ValueError(f"{error}; copy the checkpoint again") from error
     family = str(options.get("model_type") if isinstance(options, dict) else None)
     if family not in FAMILIES:
         raise ValueError(f"{config_file}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers checks options with errors of many types
         raise ValueError(f"{config_file} is not one transformers reads ({error}); mend or copy it again") from error
     for option, found, supported in _unsupported_options(config):

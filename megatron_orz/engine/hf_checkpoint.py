@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.weight_table import weight_table
+from megatron_orz.json_file import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -113,8 +113,10 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     index = path / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+            weight_map = read_json(index)["weight_map"]
+            if not all(file == Path(file).name and "\0" not in file for file in weight_map.values()):
+                raise ValueError("it names files outside of the checkpoint's directory")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index} is not a safetensors index ({error!r}); copy the checkpoint again") from error
         return {name: path / file for name, file in weight_map.items()}
     single = path / "model.safetensors"

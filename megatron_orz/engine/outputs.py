@@ -22,7 +22,7 @@ from megatron_orz.engine.weights import load
 def transformers_outputs(path: Path, token_ids: list[int], dtype: DType) -> Tensor:
     """Logits [T, V], or values [T, 1] of a critic, by transformers from a Hugging Face checkpoint; float32."""
     auto = AutoModelForTokenClassification if HFCheckpoint(path).has_value_head else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True).eval()
+    model = auto.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False).eval()
     with torch.no_grad():
         return model(torch.tensor([token_ids])).logits[0].float()
 

@@ -127,13 +127,17 @@ def _loopback_store(rank: int, world_size: int, timeout: timedelta) -> dist.Stor
 
 
 @contextlib.contextmanager
-def open_mesh(config: ParallelConfig, *, seed: int) -> Iterator[Mesh]:
+def open_mesh(config: ParallelConfig, *, seed: int, deterministic: bool = False) -> Iterator[Mesh]:
     """Builds the process groups, and takes them down again.
+
+    deterministic: the process computes the same bits every time, from here on.
 
     Raises ValueError when the world size does not fit the layout.
     """
     config.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
     platform.install()
+    if deterministic:
+        platform.make_deterministic()
     from megatron.core import parallel_state, tensor_parallel
 
     _join_process_group(config.timeout_s)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import resource
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +54,17 @@ class _CudaMeansCpu(TorchFunctionMode):
 def device() -> torch.device:
     """Where models live: this rank's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def make_deterministic() -> None:
+    """The same sums in the same order every time: slower, and an error where an operation has no such version.
+
+    Called before anything is computed: cuBLAS and NCCL read their variables when they start.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)
 
 
 def peak_memory_gib() -> float:

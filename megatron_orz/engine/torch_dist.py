@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.checkpoint_metadata import read_metadata
 from megatron_orz.engine.weight_table import Entry, Vocabulary
+from megatron_orz.json_file import read_json
 
 FORMAT_FILE = "metadata.json"
 COMMON_FILE = "common.pt"
@@ -225,8 +225,8 @@ def _overlap(
 
 def _check_format(file: Path) -> None:
     try:
-        backend = json.loads(file.read_text())["sharded_backend"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        backend = read_json(file)["sharded_backend"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a distributed checkpoint ({error!r}); copy it again") from error
     if backend != FORMAT["sharded_backend"]:
         raise ValueError(f"{file}: sharded_backend {backend!r} is not supported, only 'torch_dist'")

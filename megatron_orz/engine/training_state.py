@@ -17,6 +17,7 @@ import queue
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -37,6 +38,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
+from megatron_orz.engine.checkpoint_metadata import read_metadata
 from megatron_orz.engine.dist_checkpoint import fill, sharded_states
 from megatron_orz.engine.model import HeadlessGPTModel
 from megatron_orz.engine.optimizer import Optimizer
@@ -47,8 +49,14 @@ ShardedState: TypeAlias = dict[str, Any]
 COUNTERS = "optimizer_counters"
 
 # megatron-core hands the results of a write from process to process, for which it starts a manager process on every
-# rank (some 6 seconds). Here a thread of this process writes.
-filesystem_async._get_write_results_queue = queue.SimpleQueue
+# rank (some 6 seconds). Here a thread of this process writes. (The name lost its underscore after 0.16.)
+for _name in ("_get_write_results_queue", "get_write_results_queue"):
+    if hasattr(filesystem_async, _name):
+        setattr(filesystem_async, _name, queue.SimpleQueue)
+# Whose asynchronous writer is asked for the plan: megatron-core 0.16 has its own alone.
+_ASYNC_STRATEGY = (
+    {"async_strategy": "mcore"} if "async_strategy" in signature(dist_checkpointing.save).parameters else {}
+)
 
 
 def sharded_state(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None) -> ShardedState:
@@ -105,6 +113,7 @@ def _boxes(
                 allow_shape_mismatch=piece.allow_shape_mismatch,
             )
         piece_start = piece_end
+    assert piece_start == weight.data.numel(), weight.key
 
 
 def _rectangles(
@@ -152,7 +161,7 @@ class PendingSave:
             tensors.clear()
             _, outcome = outcomes.get()
             if isinstance(outcome, Exception):
-                raise outcome
+                raise _of_the_disk(outcome) or outcome
             self.summary += outcome
             files.append(Path(path))
         return files
@@ -161,6 +170,14 @@ class PendingSave:
         """On rank 0, once every rank has written: the files that describe the others. Raises OSError."""
         self._writer.finish(self._metadata, summaries)
         save_config(CheckpointingConfig("torch_dist", 1), self._writer.checkpoint_dir)
+
+
+def _of_the_disk(error: BaseException) -> OSError | None:
+    """The OSError behind an error: torch's zip writer covers it with one of its own as it closes."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, OSError):
+        behind = behind.__cause__ or behind.__context__
+    return behind
 
 
 class _OnHost(list[tuple[Any, Tensor]]):
@@ -177,7 +194,9 @@ class _Planned(TorchDistSaveShardedStrategy):
     def __init__(self) -> None:
         super().__init__("torch_dist", 1, thread_count=1)
 
-    def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, plan: tuple[Any, ...]) -> AsyncRequest:
+    def _get_save_and_finalize_callbacks(
+        self, writer: FileSystemWriterAsync, plan: tuple[Any, ...], *_: Any
+    ) -> AsyncRequest:
         self.pending = PendingSave(writer, plan[1])
         return AsyncRequest(None, (), [])
 
@@ -195,7 +214,12 @@ def save(state: ShardedState, directory: Path, *, copy: bool) -> PendingSave:
                 data = torch.empty(sharded.data.shape, dtype=sharded.dtype).copy_(sharded.data.detach())
                 container[key] = replace(sharded, data=data)
     dist_checkpointing.save(
-        state, str(directory), sharded_strategy=strategy, async_sharded_save=True, content_metadata=CONTENT
+        state,
+        str(directory),
+        sharded_strategy=strategy,
+        async_sharded_save=True,
+        content_metadata=CONTENT,
+        **_ASYNC_STRATEGY,
     )
     return strategy.pending
 
@@ -205,6 +229,7 @@ def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None, direct
     state = sharded_state(chunks, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls PyTorch by an older name
+        read_metadata(directory)  # before megatron-core reads it as a pickle that may hold anything
         loaded = dist_checkpointing.load(state, str(directory))  # the boxes of the optimizer are filled in place
     fill(chunks, loaded)
     if optimizer is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -72,13 +71,16 @@ def load_benchmark(
         else:
             problems[key] = row
 
-    texts = [render(template, problem.text, bos_token=tokenizer.bos_token) for problem in problems.values()]
-    token_ids: Sequence[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    # Tokenising megabytes can take minutes; what is longer than so many of the longest token need not be tokenised.
+    max_chars = max_prompt_tokens * max(map(len, tokenizer.get_vocab()))
     items = []
-    for number, ((key, problem), ids) in enumerate(zip(problems.items(), token_ids, strict=True)):
-        if len(ids) > max_prompt_tokens:
-            limit = f"{len(ids)} tokens exceed the {max_prompt_tokens} of max_prompt_tokens; raise it"
-            dropped.append(f"{problem.place}: {limit}")
+    for number, (key, problem) in enumerate(problems.items()):
+        text = render(template, problem.text, bos_token=tokenizer.bos_token)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"] if len(text) <= max_chars else None
+        if ids is None or len(ids) > max_prompt_tokens:
+            length = f"{len(text)} characters" if ids is None else f"{len(ids)} tokens"
+            rule = f"{length} exceed max_prompt_tokens {max_prompt_tokens}; raise it, or shorten the problem"
+            dropped.append(f"{problem.place}: {rule}")
             continue
         prompt = Prompt(prompt_id=number, token_ids=ids, answer=problem.answer, source=path.name, kind=problem.kind)
         items.append(Item(key=key, problem=problem, prompt=prompt))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -25,7 +26,7 @@ def score_table(summaries: Sequence[Summary]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         for row, (name, score) in enumerate(summary.scores.items()):
-            first, items = (summary.name, str(summary.num_items)) if row == 0 else ("", "")
+            first, items = (escape(summary.name), str(summary.num_items)) if row == 0 else ("", "")
             table.add_row(first, name, f"{100 * score.value:.1f}", _interval(score), items)
     return table
 
@@ -37,7 +38,7 @@ def response_table(summaries: Sequence[Summary]) -> Table:
         table.add_column(heading, justify="right")
     for summary in summaries:
         table.add_row(
-            summary.name,
+            escape(summary.name),
             str(summary.num_responses),
             f"{100 * summary.format_share:.1f} %",
             f"{100 * summary.truncated_share:.1f} %",
@@ -71,30 +72,19 @@ def wrong_items(records: Sequence[ItemRecord], *, limit: int) -> Group:
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """A row for each benchmark: both scores, their difference, and the items that flipped."""
     table = Table("benchmark", box=box.SIMPLE_HEAD, title="second against first, in percent")
-    for heading in (
-        "items",
-        "first",
-        "second",
-        "change",
-        "95 % interval",
-        "gained",
-        "lost",
-        "p (McNemar)",
-        "unmatched",
-    ):
-        table.add_column(heading, justify="right")
+    for heading in ("items", "first", "second", "change", "flips", "p"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for comparison in comparisons:
+        unmatched = f" ({comparison.num_unmatched} unmatched)" if comparison.num_unmatched else ""
+        difference = comparison.difference
         table.add_row(
-            comparison.name,
-            str(comparison.num_items),
+            escape(comparison.name),
+            f"{comparison.num_items}{unmatched}",
             f"{100 * comparison.first:.1f}",
             f"{100 * comparison.second:.1f}",
-            f"{100 * comparison.difference.value:+.1f}",
-            _interval(comparison.difference, sign="+"),
-            str(len(comparison.gained)),
-            str(len(comparison.lost)),
-            f"{comparison.p_value:.3g}",
-            str(comparison.num_unmatched),
+            f"{100 * difference.value:+.1f} {_interval(difference, sign='+')}",
+            f"+{len(comparison.gained)} -{len(comparison.lost)}",
+            f"{comparison.p_value:.2g}",
         )
     return table
 
@@ -121,12 +111,17 @@ def _item(record: ItemRecord) -> list[Text]:
     wrong = next((response for response in record.responses if not response.reward), None)
     if wrong is not None:
         end = "..." if len(wrong.text) > _SHOWN_CHARS else ""
-        lines.append(Text(f"{end}{wrong.text[-_SHOWN_CHARS:]} [{wrong.finish_reason}]", style="dim"))
+        lines.append(Text(f"{end}{_printable(wrong.text[-_SHOWN_CHARS:])} [{wrong.finish_reason}]", style="dim"))
     return lines
 
 
 def _short(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return _printable(text if len(text) <= limit else text[: limit - 3] + "...")
+
+
+def _printable(text: str) -> str:
+    """The text without the control characters with which a model could take over a terminal."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def _interval(score: Estimate, sign: str = "") -> str:

@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, pvariance
+from statistics import fmean, variance
 
 Z_95 = 1.959963984540054
 """The standard normal distribution holds 95 % of its weight within this distance of 0."""
@@ -50,23 +50,24 @@ def majority_score(votes: Sequence[int | None], is_correct: Sequence[bool]) -> f
 
 
 def estimate(item_scores: Sequence[float]) -> Estimate:
-    """The mean over items with its Wilson score interval for clustered observations.
+    """The mean p over n items with its Wilson score interval for clustered observations.
 
-    Wilson's interval for a share p of n trials, with the number of trials that the variance of the item scores implies:
-    n_eff = p (1 - p) / (variance / num_items). One response an item gives n_eff = num_items, responses that agree
-    within their items give that too, and independent ones give k times as many. It stays inside [0, 1] and keeps its
-    width where every item scores alike at 0 or 1.
+    Wilson's interval of a share p, for as many independent trials as the items are worth: n / agreement, where
+    agreement = variance of the item scores / (p (1 - p)) is 1 where the responses to an item are all right or all
+    wrong, and 1 / k where k of them are independent. The few items that a hard or an easy benchmark has between 0 and 1
+    know little of it: it is averaged with 1, weighted by n 4 p (1 - p) and by a single item. The interval stays inside
+    [0, 1], is Wilson's own for one response an item, and keeps its width where all items score 0 or all score 1.
     """
     num_items, mean = len(item_scores), fmean(item_scores)
-    variance_of_mean = pvariance(item_scores, mu=mean) / num_items
     spread = mean * (1 - mean)
-    num_effective = spread / variance_of_mean if variance_of_mean > 1e-12 else num_items
-    centre = (mean + Z_95**2 / (2 * num_effective)) / (1 + Z_95**2 / num_effective)
-    half_width = (
-        Z_95
-        / (1 + Z_95**2 / num_effective)
-        * math.sqrt(max(spread, 0.0) / num_effective + Z_95**2 / (4 * num_effective**2))
-    )
+    agreement = 1.0
+    if num_items > 1 and spread > 1e-12:
+        weight = 4 * num_items * spread
+        agreement = (weight * min(1.0, variance(item_scores, mean) / spread) + 1) / (weight + 1)
+    num_trials = num_items / agreement
+    scale = 1 / (1 + Z_95**2 / num_trials)
+    centre = scale * (mean + Z_95**2 / (2 * num_trials))
+    half_width = scale * Z_95 * math.sqrt(spread / num_trials + (Z_95 / (2 * num_trials)) ** 2)
     return Estimate(value=mean, low=max(0.0, centre - half_width), high=min(1.0, centre + half_width))
 
 

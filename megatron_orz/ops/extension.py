@@ -28,9 +28,9 @@ FLOAT64_ON_CUDA = {"packed_gae"}
 @cache
 def has_kernel(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> bool:
     """Whether `op` has a kernel for this device and type. The first no is logged: the caller runs the reference."""
-    is_built = NOT_BUILT is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"megatron_orz::{op}", device_type.upper()
-    )
+    # An extension older than its sources may lack an op altogether.
+    is_defined = NOT_BUILT is None and hasattr(torch.ops.megatron_orz, op)
+    is_built = is_defined and torch._C._dispatch_has_kernel_for_dispatch_key(f"megatron_orz::{op}", device_type.upper())
     is_typed = device_type != "cuda" or dtype != torch.float64 or op in FLOAT64_ON_CUDA
     if is_built and is_typed:
         return True

@@ -3,6 +3,8 @@
 Runs on any device and in any floating type; slower than the kernels, and checks nothing.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -143,3 +145,21 @@ def dlogits(
     log_p = (scale * logits - log_sum_exp[:, None]).clamp(min=-700)
     is_target = targets[:, None] - vocab_start == torch.arange(logits.shape[1], device=logits.device)
     out.copy_(scale * (g * is_target - log_p.exp() * (g + h * (log_p + entropy[:, None]))))
+
+
+def longest_previous_factor(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """For each token, the longest stretch from it on that also begins earlier in its sequence, overlap allowed:
+
+        lpf_t    = max_{u < t} c(t, u)
+        c(t, u)  = 1 + c(t + 1, u + 1) if s_t = s_u, else 0        0 behind the end
+
+    tokens: [T] int64; cu_seqlens: [B + 1]. Returns [T] int32.
+    """
+    lengths = torch.zeros(len(tokens), dtype=torch.int32)
+    bounds = cu_seqlens.tolist()
+    for start, end in pairwise(bounds):
+        common = torch.zeros(end - start + 1, dtype=torch.int32)  # c(t + 1, u) for u <= t + 1
+        for t in range(end - 1, start, -1):
+            common = torch.where(tokens[start:t] == tokens[t], common[1 : t - start + 1] + 1, 0)
+            lengths[t] = common.max()
+    return lengths

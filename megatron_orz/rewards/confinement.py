@@ -49,7 +49,7 @@ class Limits(NamedTuple):
     """What a program may use."""
 
     wall_s: float = 10.0
-    """From start to end, waiting included."""
+    """From start to end, waiting included, on a machine that may be busy with other things."""
     cpu_s: float = 10.0
     """Processor time of each of its processes."""
     memory_gib: float = 1.0
@@ -90,6 +90,9 @@ def main(report_fd: int, parent_pid: int, scratch: Path, limits: Limits) -> None
     if timed_out:
         os.kill(child, signal.SIGKILL)
         exit_code = wait_until(child, float("inf"))
+    elif exit_code in (-signal.SIGXCPU, -signal.SIGKILL):
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        timed_out = usage.ru_utime + usage.ru_stime > 0.9 * cpu_limit(limits)
     end_children()
     report = {"isolation": isolation, "exit_code": exit_code, "timed_out": timed_out}
     os.write(report_fd, json.dumps(report).encode())
@@ -169,10 +172,15 @@ def become(user: int) -> None:
         os.setresuid(_NOBODY, _NOBODY, _NOBODY)
 
 
+def cpu_limit(limits: Limits) -> int:
+    """The limit of processor time in whole seconds, as the kernel takes it."""
+    return max(1, round(limits.cpu_s))
+
+
 def apply_limits(limits: Limits) -> None:
     """Sets the resource limits of this process, or leaves those that are lower yet."""
     for what, value in (
-        (resource.RLIMIT_CPU, max(1, round(limits.cpu_s))),
+        (resource.RLIMIT_CPU, cpu_limit(limits)),
         (resource.RLIMIT_AS, int(limits.memory_gib * 2**30)),
         (resource.RLIMIT_FSIZE, int(limits.scratch_mib * 2**20)),
         (resource.RLIMIT_NPROC, limits.num_processes),

@@ -84,7 +84,9 @@ def quick_verdict(answer: str, reference: str) -> bool | None:
         return True
     if (left := _number(answer)) is not None and (right := _number(reference)) is not None:
         return left == right
-    return None
+    # math-verify takes 40 % for 40, and yet not 12.5 % for 12.5.
+    left, right = (_number(text.removesuffix("%").removesuffix("\\")) for text in (answer, reference))
+    return True if left is not None and left == right else None
 
 
 _SPACING = re.compile(r"\\[!,;: ]|\\left(?![a-z])|\\right(?![a-z])|(?<![0-9])\s+|\s+(?![0-9])")

@@ -32,7 +32,7 @@ class Outcome:
     exit_code: int
     """-n for signal n: -24 is out of processor time, -25 a file too large, -9 the deadline."""
     timed_out: bool
-    """It ran past `wall_s`."""
+    """It ran past `wall_s`, or out of processor time."""
     stdout: bytes
     stderr: bytes
     isolation: Isolation

@@ -15,19 +15,21 @@ from megatron_orz.rewards.math_answer import Response, Verifier
 from megatron_orz.types import AnswerKind, Grade
 
 _CODE_MEMORY_GIB = 2.0
+_WALL_RATIO = 4.0
 
 
 class AnswerVerifier:
     """Grades responses by the kind of their reference. Processes start when an answer needs one. A context manager.
 
-    timeout_s: deadline of one comparison, and of one test of a program.
+    timeout_s: deadline of one comparison, and the processor time of a program in one test. Its wall time is longer, so
+    that a busy machine does not make right programs wrong.
     """
 
     def __init__(self, *, timeout_s: float = 5.0, num_workers: int = 2) -> None:
         self._stack = ExitStack()
         self._math = self._stack.enter_context(Verifier(timeout_s=timeout_s, num_workers=num_workers))
         self._programs = ThreadPoolExecutor(num_workers, thread_name_prefix="programs")
-        self._limits = Limits(wall_s=timeout_s, cpu_s=timeout_s + 1, memory_gib=_CODE_MEMORY_GIB)
+        self._limits = Limits(wall_s=_WALL_RATIO * timeout_s, cpu_s=timeout_s, memory_gib=_CODE_MEMORY_GIB)
 
     def grade(
         self,

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import httpx
 
@@ -28,6 +28,10 @@ LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S)
 _CONTROL_TIMEOUT_S = 60.0
 _BUSY = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 _MAX_TOKEN_ID = 2**31 - 1
+
+
+Memory: TypeAlias = Literal["weights", "kv_cache"]
+"""The two parts of a server's GPU memory, by the names that vLLM and SGLang both use."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +90,18 @@ class ServerClient(ABC):
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""
 
+    @abstractmethod
+    async def drop_requests(self, http: httpx.AsyncClient) -> None:
+        """Ends all requests the server works on."""
+
+    @abstractmethod
+    async def sleep(self, http: httpx.AsyncClient) -> None:
+        """Gives up the GPU memory of weights and cache; their contents are lost."""
+
+    @abstractmethod
+    async def wake(self, http: httpx.AsyncClient, what: Memory) -> None:
+        """Takes the GPU memory of one of them again, its contents undefined."""
+
     async def respond(self, http: httpx.AsyncClient, request: GenerationRequest) -> list[Rollout]:
         """The rollouts of a request, all of them.
 
@@ -107,9 +123,13 @@ class ServerClient(ABC):
         except ValueError as error:
             raise ServerError(f"{self.url}/metrics answered with something else: {metrics[:200]!r}") from error
 
-    async def fetch(self, http: httpx.AsyncClient, path: str, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> Any:
+    async def fetch(self, http: httpx.AsyncClient, path: str) -> Any:
         """The JSON answer to a GET."""
-        return _json(await self._ask(http, "GET", path, timeout_s=timeout_s))
+        return _json(await self._ask(http, "GET", path, timeout_s=_CONTROL_TIMEOUT_S))
+
+    async def tell(self, http: httpx.AsyncClient, path: str, body: Mapping[str, Any], **query: str) -> None:
+        """A POST whose answer says nothing."""
+        await self._ask(http, "POST", path, timeout_s=_CONTROL_TIMEOUT_S, json=body, params=query)
 
     def get(self, path: str, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """The JSON answer to a GET."""

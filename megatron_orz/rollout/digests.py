@@ -2,9 +2,10 @@
 
     D(x) = sum_r h(r) sum_c g(c) bits(x[r, c])     mod 2^64, the inner products mod 2^32
 
-bits: the bit pattern of the element as float32, b ^ (b >> 16), with -0 counted as +0; g, h: odd pseudo-random weights
-of column and row. An odd weight has an inverse, so a change of a single element changes the digest for certain; any
-other change goes unnoticed with a probability of about 2^-32. It guards against accidents, not against forgery.
+bits: the bit pattern of the element as float32, b ^ (b >> 16), where -0 and subnormal numbers, which kernels may flush,
+count as +0; g, h: odd pseudo-random weights of column and row. An odd weight has an inverse, so a change of a single
+element changes the digest for certain; any other change goes unnoticed with a probability of about 2^-32. It guards
+against accidents, not against forgery.
 
 Imported on both sides: nothing but torch.
 """
@@ -15,9 +16,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 _CHUNK_BYTES = 256 * 2**10  # intermediate results stay in the cache
 _MODULUS = 2**64
+_LARGEST_SUBNORMAL = 2.0**-126 - 2.0**-149  # of float32
 
 
 class Block(NamedTuple):
@@ -63,8 +66,7 @@ def digest(matrix: Tensor, *, row: int = 0, column: int = 0) -> int:
     rows_per_chunk = max(1, _CHUNK_BYTES // (4 * max(1, num_columns)))
     total = torch.zeros((), dtype=torch.int64, device=matrix.device)
     for chunk, weights in zip(matrix.split(rows_per_chunk), row_weights.split(rows_per_chunk), strict=True):
-        # Adding +0 turns -0 into +0, and lays the chunk out densely.
-        bits = (chunk.float() + 0).contiguous().view(torch.int32)
+        bits = hardshrink(chunk.float(), _LARGEST_SUBNORMAL).contiguous().view(torch.int32)
         bits ^= bits >> 16  # of half-precision types, the lower half alone would be zeros
         bits *= column_weights
         total += (bits.sum(-1, dtype=torch.int64) * weights).sum()

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
-from megatron_orz.rollout.client import ServerClient
+from megatron_orz.rollout.client import Memory
+from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
-from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
-from megatron_orz.rollout.servers import InferenceServer
-from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
-from megatron_orz.rollout.vllm_client import VLLMClient
-from megatron_orz.rollout.vllm_server import vllm_launch
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
-
-LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 MAX_UPDATES = 3
 """Attempts at one weight update, as servers may die during it."""
@@ -48,16 +40,17 @@ def open_fleet(
         match fleet.kind:
             case "local":
                 yield LocalFleet(model, sampling, ranks=ranks, max_batch_rollouts=fleet.max_batch_rollouts)
-            case "vllm":
+            case kind:
                 group = None
+                connect = weight_sender(kind, fleet, model, run_dir=run_dir)
                 with ranks.share_fate("starting the servers"):
                     if ranks.rank == 0:
                         group = stack.enter_context(
                             open_group(
-                                _runs(fleet, model, run_dir=run_dir),
+                                server_runs(kind, fleet, model, run_dir=run_dir),
                                 sampling,
                                 fleet,
-                                connect=partial(_connect, fleet=fleet, run_dir=run_dir),
+                                connect=connect,
                                 on_wait=on_wait,
                             )
                         )
@@ -72,12 +65,14 @@ class ServerFleet:
         self._servers = servers
         self._ranks = ranks
         self._version = INITIAL_VERSION
+        self._started: tuple[list[Prompt], int, Future[tuple[list[int], list[Rollout]]] | None] | None = None
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Replaces the weights of every server that is up.
 
         When servers die of it, the weights are gathered and sent once more, if they can be.
         """
+        assert self._started is None, "requests are under way: finish comes first"
         for attempt in range(1, MAX_UPDATES + 1):
             lost = ""
             is_last = attempt == MAX_UPDATES or not isinstance(weights, RepeatableWeights)
@@ -104,55 +99,66 @@ class ServerFleet:
         on_rollout: Callable[[], None] | None = None,
     ) -> list[Rollout]:
         """`num_responses` rollouts for each prompt, siblings adjacent, in the order of the prompts."""
-        arrays = None
+        return self.generate_first(
+            prompts, num_groups=len(prompts), num_responses=num_responses, seed=seed, on_rollout=on_rollout
+        )
+
+    def generate_first(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_groups: int,
+        num_responses: int,
+        seed: int,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> list[Rollout]:
+        """The rollouts of the `num_groups` prompts that are answered first, siblings adjacent, in their order."""
+        answers = None
         with self._ranks.share_fate("generation"):
             if self._servers is not None:
-                arrays = RolloutArrays.pack(
-                    self._servers.generate(
-                        prompts, num_responses=num_responses, seed=seed, version=self._version, on_rollout=on_rollout
-                    )
+                answered, rollouts = self._servers.generate(
+                    prompts,
+                    num_responses=num_responses,
+                    seed=seed,
+                    version=self._version,
+                    num_groups=num_groups,
+                    on_rollout=on_rollout,
                 )
+                answers = answered, RolloutArrays.pack(rollouts)
+        answered, arrays = self._ranks.broadcast(answers)
+        return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses, version=self._version)
+
+    def start(self, prompts: Sequence[Prompt], *, num_responses: int, seed: int) -> None:
+        """Begins a `generate` that goes on while the ranks do something else; nothing else may be asked meanwhile."""
+        assert self._started is None, "finish comes first"
+        under_way = None
+        if self._servers is not None:
+            under_way = self._servers.start(prompts, num_responses=num_responses, seed=seed, version=self._version)
+        self._started = list(prompts), num_responses, under_way
+
+    def finish(self) -> list[Rollout]:
+        """Waits for the rollouts of what `start` began."""
+        assert self._started is not None, "start comes first"
+        (prompts, num_responses, under_way), self._started = self._started, None
+        arrays = None
+        with self._ranks.share_fate("generation"):
+            if under_way is not None:
+                _, rollouts = under_way.result()
+                arrays = RolloutArrays.pack(rollouts)
         return self._ranks.broadcast(arrays).unpack(prompts, num_responses=num_responses, version=self._version)
+
+    def sleep(self) -> None:
+        """Gives up the GPU memory of all servers, and with it the weights: an update comes next."""
+        with self._ranks.share_fate("putting the servers to sleep"):
+            if self._servers is not None:
+                self._servers.sleep()
+
+    def wake(self, what: Memory) -> None:
+        """Takes GPU memory again: first that of the weights, and after an update that of the cache."""
+        with self._ranks.share_fate("waking the servers"):
+            if self._servers is not None:
+                self._servers.wake(what)
 
     def metrics(self) -> Metrics:
         """What happened to the servers since the run began; empty on all ranks but the first."""
         return self._servers.metrics() if self._servers is not None else {}
-
-
-def _runs(fleet: FleetConfig, model: ModelConfig, *, run_dir: Path) -> list[tuple[str, Callable[[int], Running]]]:
-    """A name for each server, and what starts or finds it."""
-    if fleet.urls:
-        return [(f"the server at {url}", partial(_find, url, fleet)) for url in fleet.urls]
-    if fleet.num_servers == 1:
-        return [("the server", partial(_start, 0, "vllm", fleet, model, run_dir))]
-    return [
-        (f"server {index}", partial(_start, index, f"vllm-{index}", fleet, model, run_dir))
-        for index in range(fleet.num_servers)
-    ]
-
-
-def _find(url: str, fleet: FleetConfig, num_restarts: int) -> Running:
-    return Running(client=VLLMClient(url, request_timeout_s=fleet.request_timeout_s), process=None)
-
-
-def _start(
-    index: int, log_name: str, fleet: FleetConfig, model: ModelConfig, run_dir: Path, num_restarts: int
-) -> Running:
-    launch = vllm_launch(model, fleet, index=index, transfer_arguments=SERVER_ARGUMENTS)
-    suffix = f"-restart-{num_restarts}" if num_restarts else ""
-    process = InferenceServer(
-        launch, start_timeout_s=fleet.start_timeout_s, log_path=run_dir / f"{log_name}{suffix}.log"
-    )
-    return Running(client=VLLMClient(process.url, request_timeout_s=fleet.request_timeout_s), process=process)
-
-
-def _connect(clients: Sequence[ServerClient], *, fleet: FleetConfig, run_dir: Path) -> WeightSender:
-    hosts = {urlsplit(client.url).hostname for client in clients}
-    transport = build_transport(fleet, folder=run_dir / "weights", is_one_machine=hosts <= LOOPBACK)
-    sender = WeightSender(clients, transport, timeout_s=fleet.update_timeout_s, verification=fleet.verification)
-    try:
-        sender.connect()
-    except RuntimeError:
-        sender.close()
-        raise
-    return sender

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import torch
@@ -41,8 +44,18 @@ class GlooTransport:
         return {}
 
     def close(self) -> None:
-        """Gives the buffers back. The group stays: taking it down waits for a broadcast that will never end."""
+        """Leaves the group. Taking it down waits for a broadcast that a worker has left; a thread does that waiting."""
+        Thread(target=_outlast, args=(self._group, list(self._sends.values())), name="gloo", daemon=True).start()
+        self._group = None
+        self._sends.clear()
         self._buffers.clear()
+
+
+def _outlast(group: Any, sends: Sequence[Any]) -> None:
+    """Keeps the group until nothing is under way in it."""
+    for send in sends:
+        with suppress(RuntimeError):
+            send.wait()
 
 
 class GlooReceiver:

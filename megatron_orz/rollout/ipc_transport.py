@@ -1,19 +1,20 @@
 """The ipc transport: memory that the trainer and servers on its machine share, so that nothing moves at all.
 
-On a GPU the workers open a handle of the trainer's device memory; on the CPU, a memory file that has no name and ends
-with the processes that hold it.
+Workers that see the trainer's GPU open a handle of its memory. Where one does not, and on the CPU, they open a memory
+file, which has no name and ends with the processes that hold it.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import mmap
 import os
-import pickle
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 from megatron_orz.rollout.buckets import Bucket, num_payload_bytes, read_bucket
 from megatron_orz.rollout.meeting import Meeting
@@ -26,16 +27,20 @@ class IPCTransport:
 
     def __init__(self) -> None:
         self._shared: dict[int, _SharedMemory] = {}
+        self._on_device = False
 
     def connect(self, meeting: Meeting) -> None:
-        """Nothing to do: every announcement says where the memory is."""
+        """Learns which GPUs the workers see. Every announcement says where the memory is."""
+        seen = [json.loads(meeting.store.get(f"gpus/{rank}")) for rank in range(1, 1 + meeting.num_workers)]
+        own = _gpu_uuids()[torch.cuda.current_device()] if torch.cuda.is_available() else None
+        self._on_device = own is not None and all(own in gpus for gpus in seen)
 
     def buffer(self, slot: int, num_bytes: int) -> Tensor:
         """Memory that other processes can open."""
         if slot not in self._shared or len(self._shared[slot].tensor) < num_bytes:
             if slot in self._shared:
                 self._shared.pop(slot).close()
-            self._shared[slot] = _DeviceMemory(num_bytes) if torch.cuda.is_available() else _HostMemory(num_bytes)
+            self._shared[slot] = _DeviceMemory(num_bytes) if self._on_device else _HostMemory(num_bytes)
         return self._shared[slot].tensor
 
     def send(self, bucket: Bucket, slot: int) -> dict[str, Any]:
@@ -55,6 +60,7 @@ class IPCReceiver:
     """A worker's half: opens each memory once."""
 
     def __init__(self, meeting: Meeting, rank: int, device: torch.device) -> None:
+        meeting.store.set(f"gpus/{rank}", json.dumps(_gpu_uuids()))
         self._device = device
         self._opened: dict[int, tuple[str, Tensor]] = {}
 
@@ -93,11 +99,12 @@ class _DeviceMemory:
     """Memory of the trainer's GPU, by its CUDA handle."""
 
     def __init__(self, num_bytes: int) -> None:
-        from torch.multiprocessing.reductions import reduce_tensor
-
         self.tensor = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
         _, arguments = reduce_tensor(self.tensor)
-        self.address = {"kind": "cuda", "address": base64.b64encode(pickle.dumps(arguments)).decode()}
+        # What stands before these, the device aside, is the same for all memories.
+        handle = [{"bytes": base64.b64encode(x).decode()} if isinstance(x, bytes) else x for x in arguments[7:]]
+        gpu = _gpu_uuids()[self.tensor.get_device()]
+        self.address = {"kind": "cuda", "address": json.dumps({"gpu": gpu, "num_bytes": num_bytes, "handle": handle})}
 
     def close(self) -> None:
         self.tensor = torch.empty(0, dtype=torch.uint8)
@@ -109,12 +116,26 @@ _SharedMemory = _HostMemory | _DeviceMemory
 
 def _open_host_memory(address: str) -> Tensor:
     path, _, _ = address.rpartition(":")
-    with open(path, "r+b") as file:
-        return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    try:
+        with open(path, "r+b") as file:
+            return torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)
+    except OSError as error:
+        raise RuntimeError(
+            f"cannot open the trainer's memory ({error}); a server of another container or user needs "
+            "fleet.transport gloo or disk"
+        ) from error
 
 
 def _open_device_memory(address: str) -> Tensor:
-    from torch.multiprocessing.reductions import rebuild_cuda_tensor
-
-    opened: Tensor = rebuild_cuda_tensor(*pickle.loads(base64.b64decode(address)))
+    memory = json.loads(address)
+    device = _gpu_uuids().index(memory["gpu"])  # of this process, which may number them otherwise
+    handle = [base64.b64decode(x["bytes"]) if isinstance(x, dict) else x for x in memory["handle"]]
+    opened: Tensor = rebuild_cuda_tensor(
+        Tensor, (memory["num_bytes"],), (1,), 0, torch.TypedStorage, torch.uint8, device, *handle
+    )
     return opened
+
+
+def _gpu_uuids() -> list[str]:
+    """The GPUs this process sees, in its own order."""
+    return [str(torch.cuda.get_device_properties(index).uuid) for index in range(torch.cuda.device_count())]

@@ -31,10 +31,14 @@ class LocalFleet:
     ) -> None:
         """device: the current CUDA device where there is one, else the CPU."""
         self._model = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=model.dtype, attn_implementation=GROUPED_SDPA
+            model.path,
+            dtype=model.dtype,
+            attn_implementation=GROUPED_SDPA,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         self._model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
-        tokenizer = AutoTokenizer.from_pretrained(model.path)
+        tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
         self._stop_strings = StopStrings(tokenizer, sampling.stop)
         self._eos_ids = _eos_ids(self._model.generation_config.eos_token_id, tokenizer.eos_token_id)
         self._sampling = sampling

@@ -21,6 +21,10 @@ import torch.distributed as dist
 _FIRST_POLL_S, _LAST_POLL_S = 1e-4, 2e-2
 
 
+class MeetingError(RuntimeError):
+    """The other side did not do its part in time."""
+
+
 class Meeting:
     """One side of the meeting. A message exists from `announce` until all workers have released it.
 
@@ -73,14 +77,14 @@ class Meeting:
     def wait_until_released(self, number: int, check: Callable[[], object]) -> None:
         """The trainer waits for all workers; calls `check` meanwhile, which raises when they cannot go on.
 
-        Raises TimeoutError.
+        Raises MeetingError.
         """
         deadline = time.monotonic() + self.timeout_s
         poll_s = _FIRST_POLL_S
         while not self.store.check([f"done/{number}"]):
             check()
             if time.monotonic() > deadline:
-                raise TimeoutError(f"the servers' workers did not take a bucket of weights within {self.timeout_s:g} s")
+                raise MeetingError(f"the servers' workers did not take a bucket of weights within {self.timeout_s:g} s")
             time.sleep(poll_s)
             poll_s = min(2 * poll_s, _LAST_POLL_S)
         for key in ("message", "released", "done"):

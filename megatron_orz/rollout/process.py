@@ -62,7 +62,7 @@ class SupervisedProcess:
         # The supervisor ends by itself soon after the grace: it sends SIGKILL until nothing is left.
         if self.exit_code(wait_s=2 * _GRACE_S) is None:
             self._supervisor.kill()
-            self._supervisor.wait()
+            self._supervisor.wait(_GRACE_S)
 
     def __enter__(self) -> Self:
         return self

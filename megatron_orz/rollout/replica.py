@@ -65,6 +65,7 @@ class Replica:
     """A server that is kept running.
 
     run: starts the server, or finds it; called again for each restart with their number so far.
+    has_memory: set while the server may be started.
     heartbeat_timeout_s, stuck_timeout_s: see FleetConfig.
     """
 
@@ -74,6 +75,7 @@ class Replica:
         run: Callable[[int], Running],
         *,
         http: httpx.AsyncClient,
+        has_memory: asyncio.Event,
         heartbeat_timeout_s: float,
         stuck_timeout_s: float,
     ) -> None:
@@ -90,6 +92,7 @@ class Replica:
         """Rollouts of these requests."""
         self._run = run
         self._http = http
+        self._has_memory = has_memory
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._stuck_timeout_s = stuck_timeout_s
         self._running: Running | None = None
@@ -150,6 +153,7 @@ class Replica:
             self.phase = "down"
             _log.warning("%s failed and is started anew in %g s: %s", self.name, delay_s, self.reason)
             await asyncio.sleep(delay_s)
+            await self._has_memory.wait()
             self.num_restarts += 1
             try:
                 await self.start()
@@ -195,6 +199,13 @@ class Replica:
             self._suspicion.set()
             return False
         return True
+
+    async def drop_requests(self) -> None:
+        """Ends all requests the server still works on."""
+        try:
+            await self.client.drop_requests(self._http)
+        except ServerError:
+            self._suspicion.set()
 
     def fail(self, reason: str, *, is_final: bool = False) -> None:
         """Gives the server up: it is stopped, and started anew unless the failure is final."""

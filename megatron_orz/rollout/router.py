@@ -50,6 +50,8 @@ class Asked(Protocol):
 class _Job:
     """A request on its way through the servers."""
 
+    index: int
+    """Its place in the list."""
     request: GenerationRequest
     tried: list[str] = field(default_factory=list)
     """The servers it failed on."""
@@ -76,19 +78,25 @@ class Router:
         """Requests asked again, since the router was made."""
 
     async def answer(
-        self, requests: Sequence[GenerationRequest], *, on_rollout: Callable[[], None] | None = None
-    ) -> list[list[Rollout]]:
-        """The rollouts of each request, all of one policy version.
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        num_needed: int | None = None,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> dict[int, list[Rollout]]:
+        """The rollouts of the requests, all of one policy version, by their place in `requests`.
 
+        num_needed: of the requests, those answered first; the others are dropped. None needs them all.
         Raises RefusedError at once when a request is wrong, and ServerError when one failed `MAX_ATTEMPTS` times or
         fewer than `min_servers` servers can answer.
         """
-        waiting = deque(_Job(request=request) for request in requests)
+        num_needed = len(requests) if num_needed is None else num_needed
+        waiting = deque(_Job(index=index, request=request) for index, request in enumerate(requests))
         in_flight: dict[asyncio.Task[list[Rollout]], tuple[_Job, Asked]] = {}
         done: asyncio.Queue[asyncio.Task[list[Rollout]]] = asyncio.Queue()
-        answers: dict[str, list[Rollout]] = {}
+        answers: dict[int, list[Rollout]] = {}
         try:
-            while len(answers) < len(requests):
+            while len(answers) < num_needed:
                 self._check_enough(requests[0].version)
                 while waiting and (server := self._choose(waiting[0])):
                     job = waiting.popleft()
@@ -99,7 +107,7 @@ class Router:
                 for task in await _finished(done):
                     job, server = in_flight.pop(task)
                     try:
-                        answers[job.request.request_id] = task.result()
+                        answers[job.index] = task.result()
                     except RefusedError:
                         raise
                     except ServerError as error:
@@ -115,7 +123,7 @@ class Router:
             for task in in_flight:
                 task.cancel()
             await asyncio.gather(*in_flight, return_exceptions=True)
-        return [answers[request.request_id] for request in requests]
+        return dict(sorted(list(answers.items())[:num_needed]))
 
     def _choose(self, job: _Job) -> Asked | None:
         """The least busy server with room for the job, those it failed on last; None where there is none."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -19,7 +19,7 @@ import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from megatron_orz.config import FleetConfig, SamplingConfig
-from megatron_orz.rollout.client import LIMITS, GenerationRequest, ServerClient
+from megatron_orz.rollout.client import LIMITS, GenerationRequest, Memory, ServerClient
 from megatron_orz.rollout.replica import Replica, Running
 from megatron_orz.rollout.router import Router, too_few
 from megatron_orz.rollout.sampling import prompt_seed
@@ -37,6 +37,10 @@ class Sender(Protocol):
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """All servers hold the weights of `version` afterwards, or none is of use any more: raises RuntimeError."""
+        ...
+
+    def metrics(self) -> Metrics:
+        """Of the last update."""
         ...
 
     def close(self) -> None:
@@ -59,14 +63,16 @@ class ServerGroup:
         *,
         http: httpx.AsyncClient,
         portal: BlockingPortal,
+        has_memory: asyncio.Event,
         connect: Callable[[Sequence[ServerClient]], Sender],
     ) -> None:
-        """connect: joins the trainer and servers for weight updates."""
+        """has_memory: set while servers may be started. connect: joins the trainer and servers for weight updates."""
         self._replicas = replicas
         self._sampling = sampling
         self._min_servers = fleet.min_servers
         self._http = http
         self._portal = portal
+        self._has_memory = has_memory
         self._connect = connect
         self._router = Router(
             replicas, min_servers=fleet.min_servers, max_rollouts_in_flight=fleet.max_rollouts_in_flight
@@ -106,9 +112,34 @@ class ServerGroup:
         num_responses: int,
         seed: int,
         version: int,
-        on_rollout: Callable[[], None] | None,
-    ) -> list[Rollout]:
-        """The rollouts of the weights of `version`, siblings adjacent, in the order of the prompts."""
+        num_groups: int | None = None,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> tuple[list[int], list[Rollout]]:
+        """The rollouts of the weights of `version`, siblings adjacent, in the order of the prompts.
+
+        num_groups: of the prompts, those answered first; None: all of them.
+        Returns which prompts were answered, and their rollouts.
+        """
+        return self.start(
+            prompts,
+            num_responses=num_responses,
+            seed=seed,
+            version=version,
+            num_groups=num_groups,
+            on_rollout=on_rollout,
+        ).result()
+
+    def start(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_responses: int,
+        seed: int,
+        version: int,
+        num_groups: int | None = None,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> Future[tuple[list[int], list[Rollout]]]:
+        """A `generate` that goes on while the caller does something else."""
         requests = [
             GenerationRequest(
                 request_id=f"v{version}-s{seed}-p{index}",
@@ -120,12 +151,21 @@ class ServerGroup:
             )
             for index, prompt in enumerate(prompts)
         ]
-        answers = self._portal.call(self._answer, requests, version, on_rollout) if requests else []
-        return [rollout for siblings in answers for rollout in siblings]
+        return self._portal.start_task_soon(self._answer, requests, version, num_groups, on_rollout)
+
+    def sleep(self) -> None:
+        """Gives up the GPU memory of all servers, and with it the weights. No server is started anew until `wake`."""
+        self._portal.call(self._sleep)
+
+    def wake(self, what: Memory) -> None:
+        """Takes GPU memory again: first that of the weights, and after an update that of the cache."""
+        self._portal.call(self._on_all, lambda client: client.wake(self._http, what))
+        if what == "kv_cache":
+            self._portal.call(self._has_memory.set)
 
     def metrics(self) -> Metrics:
-        """What happened to the servers since the run began."""
-        return {
+        """What happened to the servers since the run began, and the last weight update."""
+        return (self._sender[1].metrics() if self._sender is not None else {}) | {
             "fleet/servers_up": float(sum(replica.is_up for replica in self._replicas)),
             "fleet/restarts": float(sum(replica.num_restarts for replica in self._replicas)),
             "fleet/retried_requests": float(self._router.num_retries),
@@ -136,12 +176,21 @@ class ServerGroup:
         self._drop_sender()
 
     async def _answer(
-        self, requests: Sequence[GenerationRequest], version: int, on_rollout: Callable[[], None] | None
-    ) -> list[list[Rollout]]:
+        self,
+        requests: Sequence[GenerationRequest],
+        version: int,
+        num_groups: int | None,
+        on_rollout: Callable[[], None] | None,
+    ) -> tuple[list[int], list[Rollout]]:
+        if not requests:
+            return [], []
         await self._check_version(version)
-        answers = await self._router.answer(requests, on_rollout=on_rollout)
+        answers = await self._router.answer(requests, num_needed=num_groups, on_rollout=on_rollout)
         await self._check_version(version)
-        return answers
+        if len(answers) < len(requests):
+            # A server notices at some time that nobody waits for an answer; nothing may be left at the next update.
+            await asyncio.gather(*(replica.drop_requests() for replica in self._replicas if replica.is_up))
+        return list(answers), [rollout for siblings in answers.values() for rollout in siblings]
 
     async def _check_version(self, version: int) -> None:
         """Raises ServerError when a server holds other weights than it was given."""
@@ -168,13 +217,35 @@ class ServerGroup:
         """
         while True:
             up = [replica for replica in self._replicas if replica.is_up]
-            hopeful = [replica for replica in self._replicas if replica.phase != "lost"]
+            # Without memory, what is down stays down.
+            hopeless = ("lost",) if self._has_memory.is_set() else ("lost", "down")
+            hopeful = [replica for replica in self._replicas if replica.phase not in hopeless]
             if len(hopeful) < self._min_servers:
                 raise too_few(self._replicas, len(hopeful), self._min_servers)
             is_enough = len(up) == len(hopeful) if self._waits_for_all else len(up) >= self._min_servers
             if is_enough and all(await self._are_well(up)):
                 return up
             await asyncio.sleep(_POLL_S)
+
+    async def _sleep(self) -> None:
+        # One that is starting takes its memory now, and could not be put to sleep before it has it all.
+        self._has_memory.clear()
+        while any(replica.phase == "starting" for replica in self._replicas):
+            await asyncio.sleep(_POLL_S)
+        await self._on_all(lambda client: client.sleep(self._http))
+        for replica in self._replicas:
+            replica.version = None
+
+    async def _on_all(self, action: Callable[[ServerClient], Awaitable[None]]) -> None:
+        """A server that fails in it is given up, like one that holds memory it should not."""
+
+        async def act(replica: Replica) -> None:
+            try:
+                await action(replica.client)
+            except ServerError as error:
+                replica.fail(f"it did not follow: {error}")
+
+        await asyncio.gather(*(act(replica) for replica in self._replicas if replica.is_up))
 
     async def _are_well(self, replicas: Sequence[Replica]) -> list[bool]:
         return await asyncio.gather(*(replica.is_well() for replica in replicas))
@@ -211,6 +282,8 @@ def open_group(
         http = httpx.AsyncClient(limits=LIMITS, trust_env=False, headers=authorization())
         replicas: list[Replica] = []
         tasks: list[asyncio.Task[None]] = []
+        has_memory = asyncio.Event()
+        has_memory.set()
 
         async def start() -> None:
             """Starts all servers at once; the first failure ends the wait."""
@@ -221,6 +294,7 @@ def open_group(
                         name,
                         run,
                         http=http,
+                        has_memory=has_memory,
                         heartbeat_timeout_s=fleet.heartbeat_timeout_s,
                         stuck_timeout_s=fleet.stuck_timeout_s,
                     )
@@ -242,7 +316,9 @@ def open_group(
 
         try:
             portal.call(start)
-            group = ServerGroup(replicas, sampling, fleet, http=http, portal=portal, connect=connect)
+            group = ServerGroup(
+                replicas, sampling, fleet, http=http, portal=portal, has_memory=has_memory, connect=connect
+            )
             try:
                 yield group
             finally:

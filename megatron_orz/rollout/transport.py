@@ -9,10 +9,11 @@ The two halves of a transport, and the meeting where they keep step, know nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial
 from itertools import accumulate, count
+from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +24,7 @@ from megatron_orz.rollout.buckets import Bucket, fill_buckets
 from megatron_orz.rollout.meeting import Meeting, meeting_address
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.verification import SentDigests
-from megatron_orz.types import NamedWeights
+from megatron_orz.types import Metrics, NamedWeights
 
 BUCKET_BYTES = 64 * 2**20
 NUM_SLOTS = 2
@@ -73,7 +74,6 @@ class WeightSender:
     """Updates servers over one transport: one send reaches all of them.
 
     timeout_s: deadline of connecting, and of one whole update.
-    dtype: of the weights on the way, which is the servers'; None sends them as they are.
     """
 
     def __init__(
@@ -82,21 +82,24 @@ class WeightSender:
         transport: Transport,
         *,
         timeout_s: float,
-        dtype: torch.dtype | None = None,
         verification: Verification = "sampled",
     ) -> None:
         self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
-        self._dtype = dtype
         self._verification = verification
         self._posts = ThreadPoolExecutor(len(clients), "weights")
         self._meeting: Meeting | None = None
+        self._dtype: torch.dtype | None = None  # the servers', and that of the weights on the way
+        self._metrics: Metrics = {}
         self._num_messages = 0
         self._num_updates = 0
 
     def connect(self) -> None:
-        """Joins the trainer and the workers of every server, which are numbered in the order of the clients."""
+        """Joins the trainer and the workers of every server, which are numbered in the order of the clients.
+
+        Raises ServerError, RuntimeError, or ValueError when the servers' weights have different types.
+        """
         deadline = _Deadline(self._timeout_s)
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
         address = meeting_address([client.url for client in self._clients])
@@ -108,7 +111,7 @@ class WeightSender:
             "num_workers": sum(sizes),
             "timeout_s": self._timeout_s,
         }
-        joining: list[Future[Any]] = [
+        joining = [
             self._posts.submit(
                 client.post,
                 "/init_weight_transfer_engine",
@@ -117,32 +120,49 @@ class WeightSender:
             )
             for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
         ]
-        # On another thread, so that a server's error is seen at once; the transport's own deadline ends it.
-        with ThreadPoolExecutor(1, "connect") as alone:
-            joining.append(alone.submit(self._transport.connect, self._meeting))
-            _first_error(joining)
+        _first_error([*joining, _in_background(partial(self._transport.connect, self._meeting))])
+        answers = self._post_all(deadline, "/collective_rpc", {"method": "weight_dtype"})
+        dtypes = {worker["dtype"] for answer in answers for worker in answer["results"]}
+        if len(dtypes) != 1:
+            raise ValueError(
+                f"the servers' weights have types {sorted(dtypes)}; start all of them with the same --dtype"
+            )
+        self._dtype = getattr(torch, dtypes.pop())
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; their later rollouts are of `version`.
 
         Raises ServerError, WeightMismatch or RuntimeError; the servers then hold neither the old nor the new weights.
         """
-        post = partial(self._post_all, _Deadline(self._timeout_s))
+        started, deadline = time.perf_counter(), _Deadline(self._timeout_s)
+        post = partial(self._post_all, deadline)
         digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
         post("/pause", query={"mode": "keep", "clear_cache": "false"})
         post("/start_weight_update")
-        self._stream(digests.watch(weights), _Deadline(self._timeout_s))
+        moved = self._stream(digests.watch(weights), deadline)
         post("/finish_weight_update")
+        sent = time.perf_counter()
         if digests.names:
             held = post("/collective_rpc", {"method": "weight_digests", "args": [digests.names]})
             for client, answer in zip(self._clients, held, strict=True):
                 digests.compare(answer["results"], client.url)
+        verified = time.perf_counter()
         # An update leaves the cached keys and values of the old weights in place.
         if not all(answer["success"] for answer in post("/reset_prefix_cache")):
             raise ServerError("a server could not reset its prefix cache: requests still hold parts of it")
         post("/update_weight_version", {"new_version": str(version)})
         post("/resume")
         self._num_updates += 1
+        self._metrics = moved | {
+            "sync/send_s": sent - started,
+            "sync/verify_s": verified - sent,
+            "sync/verified_tensors": float(len(digests.names)),
+        }
+
+    def metrics(self) -> Metrics:
+        """Of the last update: bytes on the way, seconds until they were loaded, how many of those the trainer only
+        waited for workers, and seconds of verification, in which the trainer's own digests are not."""
+        return self._metrics
 
     def close(self) -> None:
         """Leaves the workers."""
@@ -150,7 +170,7 @@ class WeightSender:
         self._meeting = None
         self._posts.shutdown(wait=False, cancel_futures=True)
 
-    def _stream(self, weights: NamedWeights, deadline: _Deadline) -> None:
+    def _stream(self, weights: NamedWeights, deadline: _Deadline) -> Metrics:
         """Moves the weights while every server is in its call that receives and loads them."""
         assert self._meeting is not None, "connect comes first"
         meeting, transport = self._meeting, self._transport
@@ -167,26 +187,34 @@ class WeightSender:
                     future.result()
                     raise ServerError("a server ended a weight update before all weights were sent")
 
+        num_bytes, wait_s = 0, 0.0
         in_slot: list[int | None] = [None] * NUM_SLOTS
         slots: Iterator[int] = (index % NUM_SLOTS for index in count())
         slot = next(slots)
 
-        def buffer(num_bytes: int) -> Tensor:
+        def buffer(least_bytes: int) -> Tensor:
+            nonlocal wait_s
             if (number := in_slot[slot]) is not None:
+                begin = time.perf_counter()
                 meeting.wait_until_released(number, check)
+                wait_s += time.perf_counter() - begin
                 in_slot[slot] = None
-            return transport.buffer(slot, num_bytes)
+            return transport.buffer(slot, least_bytes)
 
         for bucket in fill_buckets(weights, BUCKET_BYTES, buffer, dtype=self._dtype):
             check()
+            num_bytes += bucket.payload.nbytes
             place = transport.send(bucket, slot)
             in_slot[slot] = self._announce(bucket.header | place)
             slot = next(slots)
         end = self._announce({"names": []})
+        begin = time.perf_counter()
         _first_error(loading)
+        wait_s += time.perf_counter() - begin
         for number in [*in_slot, end]:
             if number is not None:
                 meeting.wait_until_released(number, deadline.remaining_s)
+        return {"sync/gib": num_bytes / 2**30, "sync/wait_s": wait_s}
 
     def _announce(self, message: dict[str, Any]) -> int:
         assert self._meeting is not None
@@ -220,6 +248,21 @@ class _Deadline:
                 f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
             )
         return remaining_s
+
+
+def _in_background(call: Callable[[], None]) -> Future[None]:
+    """Calls it on a thread that nothing waits for: without the other side it cannot end before its deadline."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            future.set_result(None)
+        except Exception as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="connect", daemon=True).start()
+    return future
 
 
 def _first_error(futures: Sequence[Future[Any]]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
-from megatron_orz.config import FleetConfig
+from megatron_orz.config import FleetConfig, TransportKind
 from megatron_orz.rollout.disk_transport import DiskTransport
 from megatron_orz.rollout.gloo_transport import GlooTransport
 from megatron_orz.rollout.ipc_transport import IPCTransport
@@ -19,29 +20,37 @@ SERVER_ARGUMENTS: tuple[str, ...] = (
     *("--weight-transfer-config", json.dumps({"backend": "megatron_orz"})),
 )
 
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-def build_transport(fleet: FleetConfig, *, folder: Path, is_one_machine: bool) -> Transport:
-    """The trainer's half of `fleet.transport`.
 
-    folder: of the disk transport.
-    is_one_machine: all servers run beside the trainer.
-
-    Raises ValueError for a transport that does not reach the servers.
-    """
+def choose_transport(fleet: FleetConfig) -> TransportKind:
+    """`fleet.transport`, or the fastest one that reaches the servers. Raises ValueError for one that does not."""
     has_gpus = torch.cuda.is_available()
-    kind = fleet.transport
-    if kind == "auto":
-        kind = "ipc" if is_one_machine else "nccl" if has_gpus else "gloo"
-    if kind == "ipc" and not is_one_machine:
-        raise ValueError("fleet.transport is ipc, but a server runs on another machine; set nccl, gloo or disk")
-    if kind == "nccl" and not has_gpus:
+    is_one_machine = all(urlsplit(url).hostname in _LOOPBACK for url in fleet.urls)
+    if fleet.transport == "ipc" and not is_one_machine:
+        raise ValueError(
+            f"fleet.transport is ipc, but not all of fleet.urls {fleet.urls} are on this machine; "
+            "set nccl, gloo or disk"
+        )
+    if fleet.transport == "nccl" and not has_gpus:
         raise ValueError("fleet.transport is nccl, but there is no GPU here; set ipc, gloo or disk")
+    if fleet.transport != "auto":
+        return fleet.transport
+    if is_one_machine:
+        return "ipc"
+    return "nccl" if has_gpus else "gloo"
+
+
+def build_transport(kind: TransportKind, *, folder: Path) -> Transport:
+    """The trainer's half. folder: of the disk transport."""
     match kind:
         case "ipc":
             return IPCTransport()
         case "nccl":
             return NCCLTransport()
+        case "gloo":
+            return GlooTransport()
         case "disk":
             return DiskTransport(folder)
-        case _:
-            return GlooTransport()
+        case "auto":
+            raise AssertionError("choose_transport comes first")

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from megatron_orz.rollout.client import Answer, GenerationRequest, ServerClient
+from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient
 from megatron_orz.rollout.servers import MODEL_NAME, ServerError
 
 
@@ -66,3 +66,15 @@ class VLLMClient(ServerClient):
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""
         self.post("/update_weight_version", {"new_version": str(version)})
+
+    async def drop_requests(self, http: httpx.AsyncClient) -> None:
+        """Ends all requests the server works on."""
+        await self.tell(http, "/abort_requests", {})
+
+    async def sleep(self, http: httpx.AsyncClient) -> None:
+        """Gives up the GPU memory of weights and cache; level 1 would keep a copy of the weights in host memory."""
+        await self.tell(http, "/sleep", {}, level="2")
+
+    async def wake(self, http: httpx.AsyncClient, what: Memory) -> None:
+        """Takes the GPU memory of one of them again."""
+        await self.tell(http, "/wake_up", {}, tags=what)

@@ -1,16 +1,15 @@
 """The weights that a vLLM worker computes with, traced back to the Hugging Face tensors they came from.
 
 Loaders cut tensors and fuse them with others. Where each part goes is not written down here: it is seen, while the
-loaders copy. What a module computes with afterwards is read out of the module itself: most keep their weight as it was
-loaded; the CPU's kernels keep a repacked copy that only they can read, and multiplying it with the unit matrix gives
-its columns, bit by bit but for the sign of zeros.
+loaders copy. What a module computes with afterwards is read out of the module itself, from its kernel's packed copy
+where that is what it computes with: bit by bit, but for zeros (see `digests.py`).
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_orz.rollout.digests import Block, as_matrix, digest
-
-_UNIT_ROWS = 256
-"""Columns of a repacked weight that are read at once."""
+from megatron_orz.rollout.digests import Block, digest
+from megatron_orz.rollout.vllm_repack import held_columns
 
 
 @dataclass(frozen=True)
@@ -109,7 +106,8 @@ class HeldWeights:
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         for (module, parameter_name), parts in wanted.items():
             sums = [0] * len(parts)
-            for first, columns in _held_columns(module, parameter_name):
+            num_columns = (1, *_loaded_shape(module, parameter_name))[-1]
+            for first, columns in held_columns(module, parameter_name, num_columns):
                 for index, (_, copy) in enumerate(parts):
                     sums[index] += _digest_of(copy, columns, first)
             for (name, copy), value in zip(parts, sums, strict=True):
@@ -160,20 +158,6 @@ def _loaded_shape(module: torch.nn.Module, name: str) -> torch.Size:
     """The shape in which a parameter is loaded; repacking may leave an empty one behind."""
     loaded = get_layerwise_info(module).restore_metadata[0].get(name)
     return (getattr(module, name) if loaded is None else loaded).shape
-
-
-def _held_columns(module: torch.nn.Module, name: str) -> Iterator[tuple[int, Tensor]]:
-    """What the module computes with, as (first column, [rows, some columns])."""
-    if name != "weight" or not hasattr(module, "cpu_linear"):
-        yield 0, as_matrix(getattr(module, name).data)
-        return
-    weight = getattr(module, name)
-    num_inputs = _loaded_shape(module, name)[-1]
-    for first in range(0, num_inputs, _UNIT_ROWS):
-        units = torch.zeros(min(_UNIT_ROWS, num_inputs - first), num_inputs, dtype=weight.dtype)
-        units.diagonal(first).fill_(1)
-        cpu_linear: Callable[[Tensor, Tensor, None], Tensor] = vars(module)["cpu_linear"]
-        yield first, cpu_linear(units, weight, None).t()
 
 
 def _digest_of(copy: Copy, columns: Tensor, first: int) -> int:

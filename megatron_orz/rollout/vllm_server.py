@@ -20,7 +20,12 @@ _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def vllm_launch(
-    model: ModelConfig, fleet: FleetConfig, *, index: int, transfer_arguments: Sequence[str] = ()
+    model: ModelConfig,
+    fleet: FleetConfig,
+    *,
+    index: int,
+    transfer_arguments: Sequence[str] = (),
+    host: str = "127.0.0.1",
 ) -> Launch:
     """How the `index`-th server of a fleet is started. Raises ValueError for what cannot start.
 
@@ -39,27 +44,27 @@ def vllm_launch(
         gpus = fleet.server_gpus(index, num_gpus=torch.cuda.device_count())
         environment["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus, visible=environment.get("CUDA_VISIBLE_DEVICES"))
     return Launch(
-        command=[*_command(model, fleet, port=port, on_cuda=on_cuda), *transfer_arguments],
+        command=[*_command(model, fleet, host=host, port=port, on_cuda=on_cuda), *transfer_arguments],
         environment=environment,
         port=port,
     )
 
 
-def _command(model: ModelConfig, fleet: FleetConfig, *, port: int, on_cuda: bool) -> list[str]:
+def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on_cuda: bool) -> list[str]:
     """The command line; what a request must not be able to change is fixed here."""
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model.path), "--served-model-name", MODEL_NAME),
-        *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
+        *("--host", host, "--port", str(port), "--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
+        *("--dtype", fleet.dtype or model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
         *("--tensor-parallel-size", str(fleet.server_tp)),
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",
-        *("--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
     ]
     if on_cuda:
-        return [*command, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
+        asleep = ["--enable-sleep-mode"] if fleet.colocated else []
+        return [*command, *asleep, "--gpu-memory-utilization", str(fleet.gpu_memory_share)]
     return [
         *command,
         "--enforce-eager",

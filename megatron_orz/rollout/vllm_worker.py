@@ -23,13 +23,17 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_orz.rollout.receiving import Offer, WeightReceiver
 from megatron_orz.rollout.vllm_held import HeldWeights
-from megatron_orz.rollout.vllm_tied_head import repack_output_head
+from megatron_orz.rollout.vllm_repack import repack
 
 
 class WorkerExtension:
     """What `/collective_rpc` can call; naming the class also makes vLLM import this module."""
 
     weight_transfer_engine: BucketWeightTransferEngine
+
+    def weight_dtype(self) -> dict[str, str]:
+        """The type of the model's weights."""
+        return {"dtype": str(self.weight_transfer_engine.model_config.dtype).removeprefix("torch.")}
 
     def weight_digests(self, names: list[str]) -> dict[str, list[dict[str, Any]]]:
         """What the worker's model holds of each Hugging Face tensor: see `HeldWeights.digests`."""
@@ -95,7 +99,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Completes the last layers. Raises when parameters got no new weight, which vLLM only warns of."""
         self.held.finish(self._needed)
         finalize_layerwise_reload(self.model, self.model_config)
-        repack_output_head(self.model)
+        repack(self.model)
 
     def shutdown(self) -> None:
         """Leaves the trainer."""

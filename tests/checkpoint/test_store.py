@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import threading
@@ -13,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_orz.checkpoint.manifest import DamagedCheckpointError, Manifest, Progress
 from megatron_orz.checkpoint.store import CheckpointStore, CheckpointWriteError
 from megatron_orz.config import CheckpointConfig
 from megatron_orz.ranks import Ranks
+from tests.launch import run_ranks
 
 
 @dataclass
@@ -225,8 +229,21 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path: Pa
             r"run the same command again: it goes on from step-00000001",
         ):
             store.wait()
-        assert newest(disk) == (1, [])
         assert names(disk) == {"step-00000001", "latest"}
+        assert newest(disk) == (1, [])
+
+
+def test_a_file_system_that_goes_away_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(self: PendingPart) -> list[Path]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.directory))
+
+    store = store_in(tmp_path)
+    save(store, Part(b""), 1)
+    monkeypatch.setattr(PendingPart, "write", lost)
+    store.save(at(2), {"policy": Part(b"")}, sources={})
+    with pytest.raises(CheckpointWriteError, match=r"step 2 \(.*policy: Stale file handle\); .*goes on from step-0"):
+        store.wait()
+    assert newest(tmp_path) == (1, [])
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
@@ -254,3 +271,42 @@ def test_what_is_no_manifest_is_called_damaged(tmp_path: Path, content: str) -> 
 def test_progress_is_counted_in_whole_numbers(value: Any) -> None:
     with pytest.raises(ValueError, match=r"prompt_cursor .* is not a count"):
         Progress(step=1, prompt_cursor=value, metrics_bytes=0)
+
+
+class FailingPart(Part):
+    """Cannot be written on rank 1."""
+
+    def save_state(self, directory: Path, *, copy: bool) -> PendingPart:
+        pending = super().save_state(directory / "rank", copy=copy)
+        (directory / "rank").mkdir(exist_ok=True)
+        if dist.get_rank() == 1 and directory.name == "broken":
+            pending.directory = directory / "none"
+        return pending
+
+
+def save_on_two_ranks(directory: Path) -> None:
+    dist.init_process_group("gloo")
+    try:
+        store = CheckpointStore(directory, CheckpointConfig(), recipe={}, ranks=Ranks())
+        store.save(at(1), {"sound": FailingPart(b"x")}, sources={})
+        store.wait()
+        words = "goes on from step-00000001" if dist.get_rank() == 1 else "failed on rank 1: FileNotFoundError"
+        store.save(at(2), {"broken": FailingPart(b"x")}, sources={})
+        with pytest.raises(RuntimeError, match=words):
+            store.wait()
+        manifest = store.newest_sound(pytest.fail)
+        assert manifest is not None
+        assert manifest.progress.step == 1
+        dist.barrier()
+        if dist.get_rank() == 0:
+            flip_a_bit(directory / "step-00000001" / "sound" / "rank" / "data")
+        dist.barrier()
+        with pytest.raises((ValueError, RuntimeError), match="sound/rank/data is altered"):
+            store.newest_sound(print)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_the_save_of_all(tmp_path: Path) -> None:
+    run_ranks(2, save_on_two_ranks, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,12 @@ def test_a_pickle_that_names_a_function_is_refused_and_not_run(
 def test_what_describes_no_checkpoint_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_metadata(write(tmp_path, content))
+
+
+def test_a_memo_index_of_gigabytes_takes_no_memory(tmp_path: Path) -> None:
+    # PROTO 4, an empty dict, LONG_BINPUT 2^31 - 1: 32 GiB for an unpickler whose memo is an array.
+    (tmp_path / METADATA_FILE).write_bytes(b"\x80\x04}r\xff\xff\xff\x7f.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match="it holds a dict"):
+        read_metadata(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB

@@ -28,11 +28,11 @@ SINGLE = Layout()
 WAYS = [
     (Layout(dp=2, overlap=True), Layout(tp=2, sp=True)),
     (Layout(tp=2, sp=True, distributed=False), Layout(pp=2, chunk_layers=(1, 3))),
-    (Layout(pp=2, tied=True), Layout(dp=2, tied=True)),
-    (SINGLE, Layout(dp=2)),
     (Layout(dp=2), SINGLE),
 ]
 SLOW_WAYS = [
+    (Layout(pp=2, tied=True), Layout(dp=2, tied=True)),
+    (SINGLE, Layout(dp=2)),
     (Layout(cp=2), Layout(pp=2, vpp=2)),
     (Layout(pp=2, vpp=2), Layout(tp=2)),
     (Layout(tp=2, pp=2, sp=True), Layout(dp=4)),

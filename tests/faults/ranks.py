@@ -1,16 +1,17 @@
-"""Runs pairs of ranks of which one misbehaves, and tells how each of them ended.
+"""Runs ranks of which one misbehaves, most of them in pairs, and tells how each of them ended.
 
     python -m tests.faults.ranks DIRECTORY FAULT...
     torchrun --nproc-per-node 2 -m tests.faults.ranks DIRECTORY FAULT
 
-Each fault gets two processes with a gloo group and a watchdog, all at once: forked from this one, which has imported
-torch and done nothing with it. Prints JSON: fault -> [{exit_code, seconds, stderr} of each rank]. Seconds count from
-the fault. What has not ended after DEADLINE_S, or LATE_S after the other, is killed, and its exit code is null.
+Each fault gets one or two processes with a gloo group and a watchdog, all at once: forked from this one, which has
+imported torch and done nothing with it. Prints JSON: fault -> [{exit_code, seconds, stderr} of each rank]. Seconds are
+those since the fault. What has not ended after DEADLINE_S, or LATE_S after the other, is killed; its exit code is null.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -30,15 +31,16 @@ from megatron_orz.command_line import plain_errors
 from megatron_orz.watchdog import Watchdog
 from tests.launch import free_port
 
-HANG_TIMEOUT_S = 4.0
+HANG_TIMEOUT_S = 10.0
 GRACE_S = 4.0
 DEADLINE_S = 60.0
+ORDERLY_EXIT_CODE = 75
 LATE_S = 8.0
 """How much longer than the first of two ranks the second may go on."""
 
 
 class Ranks:
-    """Two ranks in one fault."""
+    """The ranks of one fault."""
 
     def __init__(self, fault: str, directory: Path) -> None:
         self.directory = directory / fault
@@ -46,7 +48,7 @@ class Ranks:
         self.ended: dict[int, dict[str, Any]] = {}
         self.deadline = time.monotonic() + DEADLINE_S
         port = free_port()
-        self.pids = [self._fork(fault, rank, port) for rank in range(2)]
+        self.pids = [self._fork(fault, rank, port) for rank in range(1 if fault in ALONE else 2)]
 
     def _fork(self, fault: str, rank: int, port: int) -> int:
         if pid := os.fork():
@@ -55,7 +57,7 @@ class Ranks:
         os.dup2(stderr, 2)
         os.environ |= {
             "RANK": str(rank),
-            "WORLD_SIZE": "2",
+            "WORLD_SIZE": "1" if fault in ALONE else "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
@@ -71,7 +73,7 @@ class Ranks:
             os._exit(code)
 
     def collect(self) -> bool:
-        """Whether both have ended."""
+        """Whether all have ended."""
         is_late = time.monotonic() > self.deadline
         for rank, pid in enumerate(self.pids):
             if rank in self.ended:
@@ -87,7 +89,7 @@ class Ranks:
                     "seconds": time.time() - fault.stat().st_mtime if fault.exists() else 0.0,
                     "stderr": (self.directory / f"stderr-{rank}").read_text(),
                 }
-        return len(self.ended) == 2
+        return len(self.ended) == len(self.pids)
 
 
 def run(fault: str, rank: int, directory: Path) -> None:
@@ -198,23 +200,45 @@ def ends_early(rank: int, directory: Path) -> None:
         threading.Timer(3.0, now, [directory]).start()
 
 
+def exits_in_order(rank: int, directory: Path) -> None:
+    """All ranks agree to end with an exit code; rank 0 has something to close before."""
+    wait_for_each_other()
+    now(directory)
+    if rank == 0:
+        time.sleep(3.0)
+    sys.exit(ORDERLY_EXIT_CODE)
+
+
 def is_suspended_for_long(rank: int, directory: Path) -> None:
     """Both ranks are stopped for longer than the deadline, and go on: Ctrl-Z and fg."""
     now(directory)
     if os.fork() == 0:
-        time.sleep(2 * HANG_TIMEOUT_S)
+        time.sleep(1.5 * HANG_TIMEOUT_S)
         os.kill(os.getppid(), signal.SIGCONT)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGSTOP)
     wait_for_each_other()
 
 
+def waits_alone(rank: int, directory: Path) -> None:
+    now(directory)
+    threading.Event().wait()
+
+
+def keeps_the_interpreter(rank: int, directory: Path) -> None:
+    """A call into C that does not give the interpreter's lock back, so that no other thread of Python runs."""
+    now(directory)
+    ctypes.PyDLL(None).sleep(3600)
+
+
+ALONE = ("waits_alone", "keeps_the_interpreter")
+
 FAULTS = {
     function.__name__: function
     for function in (
         *(raises, raises_while_the_other_works, refuses_its_input, one_refuses_its_input, is_killed),
         *(is_killed_while_the_other_works, rank_0_is_killed_with_the_store, is_stopped, waits_for_a_lock),
-        *(ends_early, is_suspended_for_long),
+        *(ends_early, exits_in_order, is_suspended_for_long, waits_alone, keeps_the_interpreter),
     )
 }
 
@@ -225,7 +249,7 @@ def main(directory: Path, faults: list[str]) -> None:
     while waiting:
         time.sleep(0.05)
         waiting = [pair for pair in waiting if not pair.collect()]
-    print(json.dumps({fault: [pair.ended[rank] for rank in range(2)] for fault, pair in pairs.items()}))
+    print(json.dumps({fault: [rank for _, rank in sorted(pair.ended.items())] for fault, pair in pairs.items()}))
 
 
 if __name__ == "__main__":

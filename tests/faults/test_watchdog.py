@@ -65,12 +65,26 @@ def test_ranks_that_wait_for_ever_leave_their_stacks_and_end(ended: dict[str, An
     pair = ended["waits_for_a_lock"]
     assert [rank["exit_code"] for rank in pair] == [HUNG, HUNG]
     said = "".join(rank["stderr"] for rank in pair)
-    assert said.count("error: nothing has moved for hang_timeout_s = 4 s") == 1
+    assert said.count("error: nothing has moved for hang_timeout_s = 10 s") == 1
     assert len(said.splitlines()) == 1
     stacks = directory / "waits_for_a_lock" / STACKS
     assert "in wait_for_each_other" in (stacks / "rank-00000.txt").read_text()
     assert "in waits_for_a_lock" in (stacks / "rank-00001.txt").read_text()
     assert max(rank["seconds"] for rank in pair) < ranks.HANG_TIMEOUT_S + ranks.GRACE_S + 15
+
+
+def test_a_single_rank_is_watched_too(ended: dict[str, Any], directory: Path) -> None:
+    [rank] = ended["waits_alone"]
+    assert rank["exit_code"] == HUNG
+    assert len(rank["stderr"].splitlines()) == 1
+    assert "in waits_alone" in (directory / "waits_alone" / STACKS / "rank-00000.txt").read_text()
+
+
+def test_a_call_that_keeps_the_interpreter_to_itself_is_ended(ended: dict[str, Any]) -> None:
+    [rank] = ended["keeps_the_interpreter"]
+    assert rank["exit_code"] == 1
+    assert "in keeps_the_interpreter" in rank["stderr"]
+    assert rank["seconds"] < ranks.HANG_TIMEOUT_S + 3 * ranks.GRACE_S + 15
 
 
 def test_a_stopped_process_is_a_hang(ended: dict[str, Any], directory: Path) -> None:
@@ -81,9 +95,12 @@ def test_a_stopped_process_is_a_hang(ended: dict[str, Any], directory: Path) -> 
     assert healthy["seconds"] < ranks.HANG_TIMEOUT_S + ranks.GRACE_S + 15
 
 
-@pytest.mark.parametrize("fault", ["ends_early", "is_suspended_for_long"])
-def test_what_is_no_failure_ends_nothing(ended: dict[str, Any], directory: Path, fault: str) -> None:
-    assert [(rank["exit_code"], rank["stderr"]) for rank in ended[fault]] == [(0, ""), (0, "")]
+@pytest.mark.parametrize(
+    ("fault", "exit_code"),
+    [("ends_early", 0), ("is_suspended_for_long", 0), ("exits_in_order", ranks.ORDERLY_EXIT_CODE)],
+)
+def test_what_is_no_failure_ends_nothing(ended: dict[str, Any], directory: Path, fault: str, exit_code: int) -> None:
+    assert [(rank["exit_code"], rank["stderr"]) for rank in ended[fault]] == 2 * [(exit_code, "")]
     assert not (directory / fault / STACKS).exists()
 
 
@@ -93,7 +110,7 @@ def test_what_is_no_failure_ends_nothing(ended: dict[str, Any], directory: Path,
     [
         ("raises", "KeyError: 'the first cause'"),
         ("is_killed_while_the_other_works", "Signal 9 (SIGKILL) received by PID"),
-        ("is_stopped", "error: nothing has moved for hang_timeout_s = 4 s"),
+        ("is_stopped", "error: nothing has moved for hang_timeout_s = 10 s"),
     ],
 )
 def test_torchrun_ends_a_run_that_has_lost_a_rank(tmp_path: Path, fault: str, first_cause: str) -> None:

@@ -240,8 +240,8 @@ def _trace_prompts(file: Path) -> None:
 
 PHASES = ("sync", "evaluate", "generate", "reward", "infer", "critic", "policy", "checkpoint")
 CALLS = {
-    "row": ("megatron_orz.logs", "_LineFile.append"),
-    "event": ("megatron_orz.logs", "_EventFile.append"),
+    "row": ("megatron_orz.log_files", "LineFile.append"),
+    "event": ("megatron_orz.log_files", "EventFile.append"),
     "update": ("megatron_orz.engine.megatron_engine", "MegatronEngine.step"),
     "step-end": ("megatron_orz.checkpoint.step_end", "StepEnd.__call__"),
     "save": ("megatron_orz.checkpoint.store", "CheckpointStore.save"),
@@ -252,7 +252,7 @@ CALLS = {
     "manifest": ("megatron_orz.checkpoint.manifest", "Manifest.write"),
     "rename": ("pathlib", "Path.rename"),
     "latest": ("pathlib", "Path.symlink_to"),
-    "thin-out": ("megatron_orz.checkpoint.store", "CheckpointStore._thin_out"),
+    "thin-out": ("megatron_orz.checkpoint.directory", "CheckpointDirectory.thin_out"),
     "remove": ("shutil", "rmtree"),
     "restore": ("megatron_orz.checkpoint.store", "CheckpointStore.restore"),
     "final": ("megatron_orz.checkpoint.hf_export", "_write_shards"),

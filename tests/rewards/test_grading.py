@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch.distributed as dist
 
+from megatron_orz.data.prompts import load_prompts
 from megatron_orz.data.synthetic import build_tokenizer
 from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import ResponseGrader
@@ -70,3 +74,23 @@ def test_only_finished_right_answers_are_rewarded() -> None:
 
 def test_two_ranks_grade_as_one_and_keep_the_order() -> None:
     run_ranks(2, check_grading, 2)
+
+
+def test_the_kind_of_a_data_file_decides_how_its_responses_are_graded(tmp_path: Path) -> None:
+    rows = [
+        {"question": "1+1", "answer": "2"},
+        {"question": "1+1?", "choices": ["1", "2"], "answer": "B"},
+        {"question": "1+1?", "tests": [{"input": "", "output": "2"}]},
+    ]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = build_tokenizer()
+    prompts, _ = load_prompts([path], tokenizer, template="short", max_prompt_tokens=1000)
+    assert [prompt.kind for prompt in prompts] == ["math", "choice", "code"]
+    ids = tokenizer("<answer>\\boxed{2}</answer>")["input_ids"]
+    fields = {"response_ids": ids, "rollout_log_probs": [0.0] * len(ids), "policy_version": 0}
+    rollouts = [Rollout(prompt=prompt, finish_reason="stop", **fields) for prompt in prompts]  # type: ignore[arg-type]
+    with AnswerVerifier(timeout_s=30.0, num_workers=1) as verifier:
+        graded = ResponseGrader(verifier, tokenizer, Ranks()).grade(rollouts)
+    grades = [rollout.grade for rollout in graded if rollout.grade is not None]
+    assert [(grade.reward, grade.extracted) for grade in grades] == [(1.0, "2"), (0.0, "2"), (0.0, None)]

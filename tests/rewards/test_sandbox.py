@@ -84,8 +84,9 @@ def test_deadline_and_processor_time_end_it_with_all_it_started(isolation: str) 
     outcome = run_python(sleeper.format(0.125), limits=Limits(wall_s=1.0, num_processes=processes()))
     assert outcome.timed_out
     assert time.monotonic() - start < 10
-    spinner = run_python("while True: pass", limits=Limits(wall_s=20.0, cpu_s=1.0))
-    assert not spinner.timed_out
+    spinner = run_python("while True: pass", limits=Limits(wall_s=200.0, cpu_s=1.0))
+    assert spinner.timed_out
+    assert not run_python("import os\nos.kill(os.getpid(), 9)\nos._exit(3)").timed_out
     assert spinner.exit_code in (-9, -24)
     # One that ends by itself and leaves a process behind.
     output(run_python("import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(61)", limits=roomy()))
@@ -113,9 +114,9 @@ def test_memory_files_and_output_are_bounded(isolation: str) -> None:
 
 
 @pytest.fixture
-def in_namespaces() -> None:
-    if run_python("pass").isolation != "namespaces":
-        pytest.skip("this machine grants no namespaces")
+def in_namespaces(isolation: str) -> None:
+    if isolation != "namespaces":
+        pytest.skip("without namespaces the limits alone hold")
 
 
 @pytest.mark.usefixtures("in_namespaces")
@@ -166,8 +167,9 @@ class TestNamespaces:
                 except OSError: break
             print(count)
         """
-        if os.geteuid() == 0:
-            assert int(output(run_python(dedented(program), limits=Limits(num_processes=8)))) <= 8
+        if os.geteuid() == 0 and sandbox._CONFINEMENT.name != "confinement.py":
+            pytest.skip("the kernel does not count the processes of root, which stays root without its own namespaces")
+        assert int(output(run_python(dedented(program), limits=Limits(num_processes=8)))) <= 8
 
     def test_threads_with_a_deep_stack_run(self) -> None:
         program = """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_orz.config import ModelConfig, OptimizerConfig, SamplingConfig
@@ -78,7 +78,7 @@ def warped_log_probs(logits: torch.Tensor, sampling: SamplingConfig) -> torch.Te
     return warpers(None, logits).log_softmax(-1)
 
 
-def log_prob_error(model: Qwen2ForCausalLM, rollouts: list[Rollout], sampling: SamplingConfig) -> float:
+def log_prob_error(model: PreTrainedModel, rollouts: list[Rollout], sampling: SamplingConfig) -> float:
     """Largest difference of the rollouts' log-probabilities from those of a forward pass over the same ids."""
     worst = 0.0
     for rollout in rollouts:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from megatron_orz.rollout import vllm_worker
 from megatron_orz.rollout.receiving import WeightReceiver
-from megatron_orz.rollout.vllm_held import _held_columns
-from megatron_orz.rollout.vllm_tied_head import repack_output_head
+from megatron_orz.rollout.vllm_repack import held_columns, repack
 
 Buckets = Callable[[WeightReceiver, int], Iterator[list[tuple[str, Tensor]]]]
 
@@ -21,7 +20,7 @@ class FaultyExtension(vllm_worker.WorkerExtension):
     def plant(self, fault: str) -> None:
         """Takes effect with the next update, until the next call; "" plants nothing."""
         engine = self.weight_transfer_engine
-        vllm_worker.repack_output_head = _do_nothing if fault == "stale head" else repack_output_head
+        vllm_worker.repack = _do_nothing if fault == "stale packs" else repack
         engine.finish_weight_update = type(engine).finish_weight_update.__get__(engine)
         WeightReceiver.buckets = _BUCKETS
         if fault.startswith("lose "):
@@ -48,6 +47,7 @@ def _finish_and_flip(engine: vllm_worker.BucketWeightTransferEngine, module: str
     if not hasattr(layer, "cpu_linear"):
         layer.weight.data.view(torch.int32).view(-1)[-1] ^= 1
         return
-    weight = torch.cat([columns for _, columns in _held_columns(layer, "weight")], dim=1).contiguous()
+    columns = held_columns(layer, "weight", engine.model.config.hidden_size)
+    weight = torch.cat([some for _, some in columns], dim=1).contiguous()
     weight.view(torch.int32)[5, 7] ^= 1
     layer.cpu_linear = lambda x, _, bias: torch.nn.functional.linear(x, weight, bias)

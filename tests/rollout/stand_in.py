@@ -28,6 +28,8 @@ class Faults:
 
     delay_s: float = 0.0
     """Each answer takes this long; tokens are computed meanwhile."""
+    slow_s: float = 0.0
+    """Answers to prompts whose ids have a sum divisible by five take this long."""
     is_stuck: bool = False
     """No answer comes, no token is computed, and everything else works."""
     reply: str | None = None
@@ -51,6 +53,7 @@ class StandIn(ThreadingHTTPServer):
         self.version = "default"
         self.faults = Faults()
         self.num_tokens = 0
+        self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []
         self.lock = Lock()
 
@@ -70,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, json.dumps({"weight_version": self.server.version}))
             case "/requests":
                 self._send(200, json.dumps(self.server.requests))
+            case "/calls":
+                self._send(200, json.dumps(self.server.calls))
             case "/health":
                 self._send(200, "")
 
@@ -84,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self._send(200, "{}")
             case "/v1/completions":
                 self._complete(body)
+            case _:
+                self.server.calls.append(self.path)
+                self._send(200, "{}")
 
     def _complete(self, request: dict[str, Any]) -> None:
         with self.server.lock:
@@ -91,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         faults = self.server.faults
         if faults.is_stuck:
             Event().wait()
-        time.sleep(faults.delay_s)
+        time.sleep(faults.slow_s if sum(request["prompt"]) % 5 == 0 else faults.delay_s)
         if faults.drops:
             self.close_connection = True
             self.connection.close()

@@ -23,7 +23,7 @@ from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.server_group import ServerGroup, open_group
 from megatron_orz.rollout.servers import InferenceServer, Launch, free_port
 from megatron_orz.rollout.vllm_client import VLLMClient
-from megatron_orz.types import NamedWeights, Prompt, RepeatableWeights, Rollout
+from megatron_orz.types import Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
 from tests.rollout import stand_in
 
 SAMPLING = SamplingConfig(max_response_tokens=8, temperature=0.5, stop=("end",))
@@ -41,6 +41,9 @@ class VersionSender:
         for client in self._clients:
             client.set_version(version)
 
+    def metrics(self) -> Metrics:
+        return {}
+
     def close(self) -> None:
         pass
 
@@ -52,6 +55,9 @@ class StandIns:
     group: ServerGroup
     processes: dict[int, InferenceServer]
     """The latest process of each."""
+
+    def __post_init__(self) -> None:
+        self.fleet = ServerFleet(self.group, ranks=Ranks())
 
     def pid(self, index: int) -> int:
         """Of the server itself, not of its supervisor."""
@@ -70,13 +76,19 @@ class StandIns:
         answer: list[dict[str, Any]] = httpx.get(f"{self.processes[index].url}/requests", trust_env=False).json()
         return answer
 
+    def calls(self, index: int) -> list[str]:
+        """The other POSTs one server has got."""
+        answer: list[str] = httpx.get(f"{self.processes[index].url}/calls", trust_env=False).json()
+        return answer
+
     def generate(self, prompts: Sequence[Prompt], *, version: int, seed: int = 0) -> list[Rollout]:
         """Three responses to each prompt."""
-        return self.group.generate(prompts, num_responses=3, seed=seed, version=version, on_rollout=None)
+        _, rollouts = self.group.generate(prompts, num_responses=3, seed=seed, version=version)
+        return rollouts
 
     def update(self, version: int) -> None:
         """As a run does it, with weights that can be gathered again."""
-        ServerFleet(self.group, ranks=Ranks()).update_weights(RepeatableWeights(lambda: iter([])), version)
+        self.fleet.update_weights(RepeatableWeights(lambda: iter([])), version)
 
 
 @contextmanager

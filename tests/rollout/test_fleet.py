@@ -32,11 +32,13 @@ class EchoServers:
         num_responses: int,
         seed: int,
         version: int,
-        on_rollout: Callable[[], None] | None,
-    ) -> list[Rollout]:
+        num_groups: int | None = None,
+        on_rollout: Callable[[], None] | None = None,
+    ) -> tuple[list[int], list[Rollout]]:
         if seed == 9:
             raise ValueError("no more rollouts")
-        return [
+        answered = range(len(prompts))[-num_groups:] if num_groups else range(0)
+        return list(answered), [
             Rollout(
                 prompt=prompt,
                 response_ids=prompt.token_ids[sibling:],
@@ -44,7 +46,7 @@ class EchoServers:
                 finish_reason="stop",
                 policy_version=version,
             )
-            for prompt in prompts
+            for prompt in (prompts[index] for index in answered)
             for sibling in range(num_responses)
         ]
 
@@ -64,7 +66,10 @@ def _use_fleet() -> None:
 
     fleet.update_weights(collective_weights(), 3)
     rollouts = fleet.generate(prompts, num_responses=2, seed=0)
-    assert rollouts == EchoServers().generate(prompts, num_responses=2, seed=0, version=3, on_rollout=None)
+    _, expected = EchoServers().generate(prompts, num_responses=2, seed=0, version=3, num_groups=3)
+    assert rollouts == expected
+    first = fleet.generate_first(prompts, num_groups=2, num_responses=2, seed=0)
+    assert first == expected[2:]
 
     is_main = dist.get_rank() == 0
     message = "no more rollouts" if is_main else "generation failed on rank 0: ValueError: no more rollouts"

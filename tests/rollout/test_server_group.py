@@ -47,6 +47,27 @@ def test_siblings_go_to_one_server_and_prompts_to_all(tmp_path: Path) -> None:
         assert contents(servers.generate(prompts, version=5)) == expected(prompts, version=5)
 
 
+def test_servers_generate_in_the_background(tmp_path: Path) -> None:
+    prompts = make_prompts(6)
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.update(1)
+        for index in range(2):
+            servers.fault(index, delay_s=1.0, slow_s=1.0)
+        fleet = servers.fleet
+        started = time.monotonic()
+        fleet.start(prompts, num_responses=3, seed=0)
+        assert time.monotonic() - started < 0.5
+        with pytest.raises(AssertionError, match="finish comes first"):
+            fleet.update_weights(iter([]), 2)
+        assert contents(fleet.finish()) == expected(prompts, version=1)
+        assert time.monotonic() - started >= 1.0
+        servers.kill(0)
+        servers.kill(1)
+        fleet.start(prompts, num_responses=3, seed=0)
+        with pytest.raises(ServerError, match="0 of 2 servers can answer"):
+            fleet.finish()
+
+
 def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=7) as servers:
         for index in range(2):
@@ -164,7 +185,8 @@ def test_requests_that_are_late_everywhere_end_with_the_remedy(tmp_path: Path) -
 def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2, min_servers=2) as servers:
         servers.update(1)
-        servers.fault(0, delay_s=5)
+        for index in range(2):
+            servers.fault(index, delay_s=5, slow_s=5)
         Timer(0.2, servers.kill, [0]).start()
         reason = r"1 of 2 servers can answer, fewer than fleet\.min_servers = 2; server 0: .* ended with exit code 137"
         with pytest.raises(ServerError, match=reason):
@@ -191,6 +213,52 @@ def test_a_server_that_fails_again_and_again_is_given_up(tmp_path: Path, monkeyp
 
 def _cannot_start(num_restarts: int) -> replica.Running:
     raise OSError("no more memory")
+
+
+def test_stragglers_are_dropped_once_enough_prompts_are_answered(tmp_path: Path) -> None:
+    prompts = make_prompts(30)
+    fast = [index for index, prompt in enumerate(prompts) if sum(prompt.token_ids) % 5]
+    assert 20 <= len(fast) < 30
+    with open_stand_ins(tmp_path, 2) as servers:
+        for index in range(2):
+            servers.fault(index, slow_s=20.0)
+        started = time.monotonic()
+        answered, rollouts = servers.group.generate(prompts, num_responses=3, seed=0, version=-1, num_groups=20)
+        assert time.monotonic() - started < 15
+        assert len(answered) == 20
+        assert answered == sorted(answered)
+        assert set(answered) <= set(fast)
+        everything = expected(prompts, version=-1)
+        assert contents(rollouts) == [everything[3 * index + sibling] for index in answered for sibling in range(3)]
+        for index in range(2):
+            assert servers.calls(index) == ["/abort_requests"]
+            assert servers.group._replicas[index].num_rollouts == 0
+
+
+def test_servers_sleep_and_wake_in_stages_and_the_dead_stay_dead_meanwhile(tmp_path: Path) -> None:
+    prompts = make_prompts(6)
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.update(1)
+        servers.group.sleep()
+        servers.kill(0)
+        wait_for(lambda: states(servers.group) == ["down", "up"])
+        servers.group.wake("weights")
+        servers.update(2)
+        servers.group.wake("kv_cache")
+        assert contents(servers.generate(prompts, version=2)) == expected(prompts, version=2)
+        assert servers.calls(1) == ["/sleep?level=2", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]
+        wait_for(all_up(servers.group))  # there is memory for its start again
+        servers.group.sleep()
+        assert servers.calls(0) == ["/sleep?level=2"]
+
+
+def test_without_memory_for_a_restart_too_few_servers_are_an_error_not_a_wait(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 1) as servers:
+        servers.group.sleep()
+        servers.kill(0)
+        wait_for(lambda: states(servers.group) == ["down"])
+        with pytest.raises(ServerError, match=r"0 of 1 servers can answer, .*exit code 137"):
+            servers.update(1)
 
 
 def test_a_request_that_a_server_refuses_is_not_asked_of_another(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from megatron_orz.config import FleetConfig, TransportKind
 from megatron_orz.rollout import transport
 from megatron_orz.rollout.buckets import Bucket
 from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import build_transport
+from megatron_orz.rollout.transports import build_transport, choose_transport
 from megatron_orz.rollout.verification import SAMPLING_PERIOD, WeightMismatch
 from megatron_orz.types import NamedWeights
 
@@ -26,13 +27,24 @@ STARTED_WITHIN_S = 200.0
 KINDS: list[TransportKind] = ["ipc", "gloo", "disk"]
 
 
+def start(stack: ExitStack, *servers: BareServer) -> list[BareServer]:
+    for server in servers:
+        stack.enter_context(server)
+    for server in servers:
+        server.post("/health", timeout_s=STARTED_WITHIN_S)
+    return list(servers)
+
+
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[BareServer]]:
     with ExitStack() as stack:
-        servers = [stack.enter_context(BareServer(verifies=True)) for _ in range(2)]
-        for server in servers:
-            server.post("/health", timeout_s=STARTED_WITHIN_S)
-        yield servers
+        yield start(stack, BareServer(verifies=True), BareServer(verifies=True))
+
+
+@pytest.fixture(scope="module")
+def half_server() -> Iterator[BareServer]:
+    with ExitStack() as stack:
+        yield start(stack, BareServer(verifies=True, dtype="bfloat16"))[0]
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +60,9 @@ def make_weights(seed: int, num_tensors: int = 40) -> NamedWeights:
 
 
 def make_sender(servers: list[BareServer], kind: TransportKind, folder: Path, **options: Any) -> WeightSender:
-    half = build_transport(FleetConfig(transport=kind), folder=folder, is_one_machine=True)
-    sender = WeightSender(servers, half, **{"timeout_s": 60, "verification": "full", **options})
+    sender = WeightSender(
+        servers, build_transport(kind, folder=folder), **{"timeout_s": 60, "verification": "full", **options}
+    )
     sender.connect()
     return sender
 
@@ -63,9 +76,21 @@ def test_every_server_gets_every_update(servers: list[BareServer], kind: Transpo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_converted_on_the_way(servers: list[BareServer], kind: TransportKind, tmp_path: Path) -> None:
-    with closing(make_sender(servers, kind, tmp_path, dtype=torch.bfloat16)) as sender:
+def test_weights_are_converted_on_the_way(half_server: BareServer, kind: TransportKind, tmp_path: Path) -> None:
+    num_elements = sum(weight.numel() for _, weight in make_weights(0))
+    with closing(make_sender([half_server], kind, tmp_path)) as sender:
         sender.send(make_weights(0), 0)
+        metrics = sender.metrics()
+    assert metrics["sync/gib"] * 2**30 == 2 * num_elements
+    assert metrics["sync/verified_tensors"] == 40
+    assert metrics["sync/send_s"] > metrics["sync/wait_s"] > 0
+
+
+def test_servers_of_different_types_are_refused(
+    servers: list[BareServer], half_server: BareServer, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"types \['bfloat16', 'float32'\]; start all of them with the same --dtype"):
+        make_sender([servers[0], half_server], "ipc", tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +119,7 @@ def test_later_updates_are_verified_in_turn(servers: list[BareServer], tmp_path:
             self.__dict__ = server.__dict__
 
         def post(self, path: str, body: Any = None, **options: Any) -> dict[str, Any]:
-            if path == "/collective_rpc":
+            if path == "/collective_rpc" and body["method"] == "weight_digests":
                 asked.append(body["args"][0])
             return super().post(path, body, **options)
 
@@ -107,23 +132,41 @@ def test_later_updates_are_verified_in_turn(servers: list[BareServer], tmp_path:
     assert sorted(name for some in asked[1:] for name in some) == sorted(names)
 
 
-def test_a_server_that_refuses_an_update_is_an_error_at_once(servers: list[BareServer], tmp_path: Path) -> None:
-    class Refusing(BareServer):
-        def __init__(self, server: BareServer) -> None:
-            self.__dict__ = server.__dict__
+class Refusing(BareServer):
+    """Fails when it is asked for one thing."""
 
-        def post(self, path: str, *args: Any, **options: Any) -> dict[str, Any]:
-            if path == "/update_weights":
-                raise RuntimeError("out of memory")
-            return super().post(path, *args, **options)
+    def __init__(self, server: BareServer, path: str) -> None:
+        self.__dict__ = server.__dict__ | {"refused": path}
 
-    for kind in KINDS:
-        sender = make_sender([Refusing(servers[0])], kind, tmp_path)
-        started = time.monotonic()
-        with pytest.raises(RuntimeError, match="out of memory"):
-            sender.send(make_weights(0), 0)
-        assert time.monotonic() - started < 5
-        sender.close()
+    def post(self, path: str, *args: Any, **options: Any) -> dict[str, Any]:
+        if path == self.__dict__["refused"]:
+            raise RuntimeError("out of memory")
+        return super().post(path, *args, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_refuses_an_update_is_an_error_at_once(
+    servers: list[BareServer], kind: TransportKind, tmp_path: Path
+) -> None:
+    sender = make_sender([Refusing(servers[0], "/update_weights")], kind, tmp_path)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sender.send(make_weights(0), 0)
+    sender.close()
+    del sender
+    gc.collect()
+    assert time.monotonic() - started < 10, "something waits for the server that has failed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_server_that_refuses_to_connect_is_an_error_at_once(
+    servers: list[BareServer], kind: TransportKind, tmp_path: Path
+) -> None:
+    """The trainer's half waits for it all the while."""
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        make_sender([Refusing(servers[0], "/init_weight_transfer_engine")], kind, tmp_path)
+    assert time.monotonic() - started < 10
 
 
 def test_weights_that_fail_to_come_end_the_update(servers: list[BareServer], tmp_path: Path) -> None:
@@ -197,19 +240,51 @@ def test_the_meeting_listens_on_its_own_address_alone(servers: list[BareServer],
     assert listening == ["127.0.0.1"]
 
 
-def test_a_transport_that_does_not_reach_the_servers_is_refused(tmp_path: Path) -> None:
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ipc", "nccl", "gloo"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_of_a_gpu_reach_a_server_on_the_next(kind: TransportKind, dtype: str, tmp_path: Path) -> None:
+    num_gpus = torch.cuda.device_count()
+    if kind == "nccl" and num_gpus == 1:
+        pytest.skip("each process of an nccl group needs a GPU of its own")
+    with ExitStack() as stack:
+        device = "cuda:1" if num_gpus > 1 else "cuda:0"
+        servers = start(stack, BareServer(verifies=True, device=device, dtype=dtype))
+        with closing(make_sender(servers, kind, tmp_path)) as sender:
+            for version in range(3):
+                sender.send(((name, weight.cuda()) for name, weight in make_weights(version)), version)
+
+
+def test_memory_that_cannot_be_opened_is_said_with_the_remedy(
+    servers: list[BareServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As seen from another container, where the trainer's process has another number."""
+    monkeypatch.setattr(os, "getpid", lambda: 2**22 + 1)
+    message = r"cannot open the trainer's memory .* fleet\.transport gloo or disk"
+    with (
+        closing(make_sender(servers[:1], "ipc", tmp_path)) as sender,
+        pytest.raises(RuntimeError, match=message),
+    ):
+        sender.send(make_weights(0), 0)
+
+
+ELSEWHERE = ("http://127.0.0.1:8000", "http://10.0.0.7:8000")
+
+
+def test_a_transport_that_does_not_reach_the_servers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"fleet\.transport is ipc, .* set nccl, gloo or disk"):
-        build_transport(FleetConfig(transport="ipc"), folder=tmp_path, is_one_machine=False)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match=r"fleet\.transport is nccl, but there is no GPU here"):
-            build_transport(FleetConfig(transport="nccl"), folder=tmp_path, is_one_machine=True)
-
-
-def test_the_fastest_transport_that_reaches_is_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(*, is_one_machine: bool) -> str:
-        return build_transport(FleetConfig(), folder=tmp_path, is_one_machine=is_one_machine).name
-
+        choose_transport(FleetConfig(transport="ipc", urls=ELSEWHERE))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert (chosen(is_one_machine=True), chosen(is_one_machine=False)) == ("ipc", "gloo")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert (chosen(is_one_machine=True), chosen(is_one_machine=False)) == ("ipc", "nccl")
+    with pytest.raises(ValueError, match=r"fleet\.transport is nccl, but there is no GPU here"):
+        choose_transport(FleetConfig(transport="nccl"))
+
+
+@pytest.mark.parametrize(("has_gpus", "elsewhere"), [(False, "gloo"), (True, "nccl")])
+def test_the_fastest_transport_that_reaches_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, has_gpus: bool, elsewhere: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpus)
+    assert choose_transport(FleetConfig()) == "ipc"
+    assert choose_transport(FleetConfig(urls=ELSEWHERE[:1])) == "ipc"
+    assert choose_transport(FleetConfig(urls=ELSEWHERE)) == elsewhere
+    assert choose_transport(FleetConfig(urls=ELSEWHERE, transport="disk")) == "disk"

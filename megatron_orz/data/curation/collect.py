@@ -38,7 +38,9 @@ def collect(files: Sequence[Path], columns: Columns, advance: Advance) -> tuple[
                 if row.problem_id is not None:
                     first = places.setdefault(row.problem_id, row.place)
                     if first != row.place:
-                        verdict = Verdict("duplicated_id", f"{first} has the id {row.problem_id!r}, too")
+                        verdict = Verdict(
+                            "duplicated_id", f"{row.place}: the id {row.problem_id!r} is that of {first}, too"
+                        )
             number = len(candidates)
             candidates.append(Candidate(row=number, file=str(file), place=row.place, text=text, answer=answer))
             verdicts.append(verdict)

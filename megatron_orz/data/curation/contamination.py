@@ -29,25 +29,20 @@ class Decontamination:
     def judge(
         self, candidates: Sequence[Candidate], advance: Advance, *, evaluation: Sequence[Problem]
     ) -> list[Verdict]:
-        """Reason: `contaminated`. An evaluation problem of fewer than n tokens counts only where it is all there is."""
+        """Reason: `contaminated`. A problem of fewer than n tokens is one n-gram, which its copies alone hold."""
         holders: defaultdict[str, list[int]] = defaultdict(list)  # n-gram -> the evaluation problems that hold it
         sizes: list[int] = []
-        whole: dict[str, int] = {}
         for index, problem in enumerate(evaluation):
-            words = tokens(problem.text)
-            grams = ngrams(words, self.ngram) if len(words) >= self.ngram else set()
+            grams = ngrams(tokens(problem.text), self.ngram)
             sizes.append(len(grams))
-            whole[" ".join(words)] = index
             for gram in grams:
                 holders[gram].append(index)
 
         verdicts = []
         for candidate in candidates:
-            words = tokens(candidate.text)
-            hits = Counter(index for gram in ngrams(words, self.ngram) for index in holders.get(gram, ()))
+            grams = ngrams(tokens(candidate.text), self.ngram)
+            hits = Counter(index for gram in grams for index in holders.get(gram, ()))
             overlap, index = max(((count / sizes[index], -index) for index, count in hits.items()), default=(0.0, 0))
-            if (copy := whole.get(" ".join(words))) is not None:
-                overlap, index = 1.0, -copy
             found = f"{overlap:.2f} of the {self.ngram}-grams of {evaluation[-index].place}" if overlap else ""
             verdicts.append(Verdict("contaminated" if overlap > self.max_overlap else None, found))
             advance(1)

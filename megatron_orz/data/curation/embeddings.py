@@ -72,10 +72,14 @@ class Embedder:
 
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-            tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(self._path, local_files_only=True, trust_remote_code=False)
             tokenizer.padding_side = "right"
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
-            model = AutoModel.from_pretrained(self._path, dtype=dtype, local_files_only=True).to(device).eval()
+            model = (
+                AutoModel.from_pretrained(self._path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+                .to(device)
+                .eval()
+            )
             self._parts = model, tokenizer, device
         return self._parts

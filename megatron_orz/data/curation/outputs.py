@@ -23,6 +23,8 @@ def write_outputs(curation: Curation, directory: Path, *, is_hard: Callable[[int
     write_problems(directory / TRAIN, curation.kept)
     if measured:
         write_problems(directory / HARD, [decision for decision in measured if is_hard(decision.num_right)])
+    else:
+        (directory / HARD).unlink(missing_ok=True)  # of an earlier run, on other data
     table = _table(curation.decisions)
     write_atomically(directory / DECISIONS, lambda file: parquet.write_table(table, file, compression="zstd"))
     summary = summarise(curation)

@@ -18,6 +18,10 @@ from megatron_orz.data.curation.store import Store, digest, file_digest
 COLLECT = "collect"
 """What stands for a stage in the trail of a row that cannot be read."""
 
+# Texts of all rows together may exceed the 2 GiB that Arrow's plain strings hold.
+_FIELDS = {"row": pyarrow.int64()} | dict.fromkeys(("file", "place", "text", "answer"), pyarrow.large_string())
+"""Columns of the candidates on disk."""
+
 Progress: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
 """(what, how much) -> the progress bar of a stage."""
 
@@ -108,22 +112,18 @@ def _collect(
     files: Sequence[Path], columns: Columns, store: Store, key: str, progress: Progress
 ) -> tuple[list[Candidate], Sequence[Verdict]]:
     name = f"0-{COLLECT}"
-    if (table := store.read(name, key)) is None:
-        with progress(COLLECT, sum(file.stat().st_size for file in files)) as advance:
-            candidates, verdicts = collect(files, columns, advance)
-        rows = {field: [getattr(candidate, field) for candidate in candidates] for field in Candidate.__slots__}
-        text = {field: pyarrow.large_string() for field in ("text", "answer", "place", "file")}
-        arrays = {field: pyarrow.array(values, text.get(field)) for field, values in rows.items()}
-        store.write(name, key, pyarrow.table(arrays | _verdict_columns(verdicts)))
-        return candidates, verdicts
-    columns_of = {name: table[name].to_pylist() for name in table.column_names}
-    candidates = [
-        Candidate(row=row, file=file, place=place, text=text, answer=answer)
-        for row, file, place, text, answer in zip(
-            *(columns_of[field] for field in ("row", "file", "place", "text", "answer")), strict=True
-        )
-    ]
-    return candidates, _verdicts_of(columns_of)
+    if (table := store.read(name, key)) is not None:
+        columns_of = {column: table[column].to_pylist() for column in table.column_names}
+        rows = zip(*(columns_of[field] for field in _FIELDS), strict=True)
+        return [Candidate(**dict(zip(_FIELDS, row, strict=True))) for row in rows], _verdicts_of(columns_of)
+    with progress(COLLECT, sum(file.stat().st_size for file in files)) as advance:
+        candidates, verdicts = collect(files, columns, advance)
+    arrays = {
+        field: pyarrow.array([getattr(candidate, field) for candidate in candidates], kind)
+        for field, kind in _FIELDS.items()
+    }
+    store.write(name, key, pyarrow.table(arrays | _verdict_columns(verdicts)))
+    return candidates, verdicts
 
 
 def _judge(

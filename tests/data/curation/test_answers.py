@@ -13,7 +13,7 @@ ENDLESS = ["9^{9^{9^9}}"]
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(timeout_s=10.0) as verifier:
+    with Verifier(timeout_s=60.0) as verifier:
         yield verifier
 
 

@@ -31,6 +31,14 @@ def test_formulas_with_few_words_stay() -> None:
     assert reasons(Languages().judge(few, ignore)) == [None] * len(few)
 
 
+def test_english_that_resembles_its_relatives_stays() -> None:
+    """The most likely language of this problem of GSM8K is a creole, and English the next."""
+    text = "198 passengers fit into 9 buses. How many passengers fit in 5 buses?"
+    [verdict] = Languages().judge(texts(text), ignore)
+    assert verdict.reason is None
+    assert not verdict.detail.startswith("en")
+
+
 @pytest.mark.parametrize("name", ["math500.json", "aime2024.json", "gsm8k_test.jsonl"])
 def test_published_sets_are_english(name: str) -> None:
     assert set(reasons(Languages().judge(candidates(published(name)), ignore))) == {None}

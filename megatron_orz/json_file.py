@@ -1,0 +1,27 @@
+"""JSON files that may hold anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(file: Path) -> Any:
+    """What the file holds. Raises ValueError that names the file where it cannot be read or is not JSON."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
+    return parse_json(content, str(file))
+
+
+def parse_json(content: bytes, place: str) -> Any:
+    """What a JSON text says. Raises ValueError that begins with `place` where it is not JSON.
+
+    That includes what Python's parser gives up on: brackets nested by the thousand, integers of thousands of digits.
+    """
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not valid JSON ({error})") from error

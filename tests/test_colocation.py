@@ -1,0 +1,108 @@
+"""Who holds memory when: the order of calls in steps of the real loop, with models and a fleet that keep a diary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+
+from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
+from megatron_orz.types import Metrics, NamedWeights, Prompt, Rollout
+
+
+class Diary:
+    """Fleet and models at once; refuses what would not fit into memory."""
+
+    def __init__(self) -> None:
+        self.entries: list[str] = []
+        self.server: set[str] = set()
+        self.loaded = {"policy", "critic"}
+
+    def sleep(self) -> None:
+        assert self.loaded == set()
+        self.server.clear()
+        self.entries.append("sleep")
+
+    def wake(self, what: Literal["weights", "kv_cache"]) -> None:
+        assert what == "weights" or self.loaded == set(), "cache and trainer do not fit together"
+        self.server.add(what)
+        self.entries.append(f"wake {what}")
+
+    def update_weights(self, weights: NamedWeights, version: int) -> None:
+        assert self.server == {"weights"}
+        assert self.loaded == {"policy", "critic"}
+        self.entries.append(f"update {version} {next(iter(weights))[0]}")
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Rollout]:
+        assert self.server == {"weights", "kv_cache"}
+        self.entries.append("generate")
+        return []
+
+
+class Model:
+    def __init__(self, name: str, diary: Diary) -> None:
+        self.name, self.diary = name, diary
+
+    def offload(self) -> Metrics:
+        self.diary.loaded.remove(self.name)
+        self.diary.entries.append(f"offload {self.name}")
+        return {f"{self.name}/offloaded_gib": 1.0}
+
+    def reload(self) -> None:
+        assert self.diary.server == set(), "the servers still hold memory"
+        self.diary.loaded.add(self.name)
+        self.diary.entries.append(f"reload {self.name}")
+
+    def infer(self, batches: Sequence[Any]) -> list[Any]:
+        return self.work("infer", list(batches))
+
+    def step(self, minibatch: Sequence[Any], loss: Any) -> Any:
+        return self.work("step", {})
+
+    def hf_weights(self) -> Any:
+        return self.work("export", iter([("weight", None)]))
+
+    def work(self, what: str, result: Any) -> Any:
+        assert self.diary.server == set()
+        assert self.diary.loaded == {"policy", "critic"}
+        self.diary.entries.append(f"{what} {self.name}")
+        return result
+
+
+def test_trainer_and_servers_take_turns() -> None:
+    diary = Diary()
+    models = Model("policy", diary), Model("critic", diary)
+    turns = Turns(diary, models)
+    fleet = ColocatedFleet(diary, turns)
+    policy, critic = ColocatedPolicy(models[0], turns), ColocatedModel[Any](models[1], turns)
+    with pytest.raises(AssertionError, match="an update comes first"):
+        fleet.generate([], num_responses=1, seed=0)
+    expected = []
+    for version in range(2):
+        fleet.update_weights(policy.hf_weights(), version)
+        fleet.generate([], num_responses=1, seed=0)
+        fleet.generate([], num_responses=1, seed=0)
+        policy.infer([])
+        critic.infer([])
+        critic.step([], None)
+        policy.step([], None)
+        expected += [
+            *("export policy", "wake weights", f"update {version} weight"),
+            *("offload policy", "offload critic", "wake kv_cache", "generate", "generate"),
+            *("sleep", "reload policy", "reload critic"),
+            *("infer policy", "infer critic", "step critic", "step policy"),
+        ]
+    assert diary.entries == expected
+    assert turns.metrics()["critic/offloaded_gib"] == 1.0
+    assert turns.metrics()["colocation/switch_s"] > 0
+
+
+def test_an_export_after_the_last_update_brings_the_trainer_back() -> None:
+    diary = Diary()
+    models = Model("policy", diary), Model("critic", diary)
+    turns = Turns(diary, models)
+    policy = ColocatedPolicy(models[0], turns)
+    ColocatedFleet(diary, turns).update_weights(policy.hf_weights(), 0)
+    policy.hf_weights()
+    assert diary.entries[-4:] == ["sleep", "reload policy", "reload critic", "export policy"]

@@ -1,0 +1,84 @@
+"""No wait without a deadline, as far as that can be read from the source. docs/hangs.md lists them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.test_security import ROOT, called, is_given, sources
+
+NEED_TIMEOUT = {
+    *("subprocess.run", "subprocess.check_call", "subprocess.check_output"),
+    *("httpx.get", "httpx.post", "socket.create_connection", "dist.TCPStore", "dist.init_process_group"),
+}
+
+FILES = "the system gives the writing of files no deadline; the watchdog ends a run that hangs there"
+BOUNDED: dict[str, dict[str, str]] = {
+    "megatron_orz/ops/token_loss.py": {"reduction.wait": "a collective has the deadline of its group"},
+    "megatron_orz/rollout/gloo.py": {".wait": "a collective has the deadline of its group"},
+    "megatron_orz/rollout/client.py": {"http.request": "asyncio.timeout is around it, and covers the whole answer"},
+    "megatron_orz/rewards/math_answer.py": {"self._idle.get": "a process is given back after its own deadline"},
+    "megatron_orz/checkpoint/step_end.py": {"self.store.wait": FILES},
+    "megatron_orz/checkpoint/store.py": dict.fromkeys(("self.wait", "self._save.thread.join"), FILES),
+    "megatron_orz/engine/training_state.py": {"outcomes.get": "what it gets is there: the call before put it there"},
+}
+"""Waits whose deadline stands elsewhere: file -> call -> where."""
+
+
+def endless_waits(path: str, source: str) -> Iterator[str]:
+    """Calls that may wait for ever."""
+    allowed = BOUNDED.get(path, {})
+    bounded_here: set[ast.AST] = set()  # a walk comes to the call around before it comes to the call within
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.With):
+            entered = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+            if any(called(call) == "FileLock" and not is_given(call, "timeout") for call in entered):
+                yield f"line {node.lineno}: a lock is waited for without a timeout"
+        if not isinstance(node, ast.Call):
+            continue
+        name = called(node)
+        if name == "asyncio.wait_for":
+            bounded_here |= set(node.args[:1])
+        if name in allowed:
+            continue
+        if (name in NEED_TIMEOUT and not is_given(node, "timeout")) or name == "os.wait":
+            yield f"line {node.lineno}: {name} has no timeout"
+        if any(
+            k.arg == "timeout" and isinstance(k.value, ast.Constant) and k.value.value is None for k in node.keywords
+        ):
+            yield f"line {node.lineno}: {name} has timeout None"
+        is_bare = not node.args and not node.keywords and node not in bounded_here
+        if is_bare and name.rpartition(".")[2] in ("wait", "join", "get", "communicate", "acquire"):
+            yield f"line {node.lineno}: {name}() has no deadline"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_wait_has_a_deadline(path: Path) -> None:
+    assert list(endless_waits(str(path.relative_to(ROOT)), path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "subprocess.run(['ls'])",
+        "with FileLock(path):\n    pass",
+        "httpx.get(url)",
+        "httpx.get(url, timeout=None)",
+        "process.wait()",
+        "thread.join()",
+        "queue.get()",
+        "process.communicate()",
+        "lock.acquire()",
+        "dist.TCPStore('127.0.0.1', 0)",
+    ],
+)
+def test_an_endless_wait_is_found(source: str) -> None:
+    assert list(endless_waits("megatron_orz/some.py", source))
+
+
+def test_harmless_namesakes_pass() -> None:
+    source = "', '.join(names)\nvalues.get(key)\nprocess.wait(5)\nsubprocess.run(['ls'], timeout=5)"
+    assert list(endless_waits("megatron_orz/some.py", source)) == []
