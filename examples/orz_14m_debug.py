@@ -1,6 +1,6 @@
 """The whole recipe on a model of 14 M random weights and little sums: every part at work within minutes on a CPU.
 
-    python examples/orz_14m_debug.py --debug                                   # two steps, about a minute
+    python examples/orz_14m_debug.py --debug                                   # two steps, a few minutes
     torchrun --nproc-per-node 2 examples/orz_14m_debug.py --debug --parallel.tp 2
     python examples/orz_7b.py --debug --policy.path runs/orz-14m-debug/model \\
         --critic.path runs/orz-14m-debug/model --data.train runs/orz-14m-debug/train.jsonl --evaluation.data
