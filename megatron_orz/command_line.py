@@ -20,13 +20,18 @@ INTERRUPTED = 130
 EXPECTED_ERRORS = (ValueError, RuntimeError, OSError)
 """What is said in a sentence; anything else is a defect, and shows its traceback."""
 
+CHOICES_OF_DEFAULTS = (tyro.conf.AvoidSubcommands,)
+
 Values = TypeVar("Values")
 
 
 def parse(defaults: Values) -> Values:
-    """A dataclass with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks."""
+    """A dataclass with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks.
+
+    Of a field that may be one of several dataclasses, or None, the defaults say which it is.
+    """
     with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(type(defaults), default=defaults, console_outputs=rank() == 0)
+        return tyro.cli(type(defaults), default=defaults, console_outputs=rank() == 0, config=CHOICES_OF_DEFAULTS)
 
 
 class RunEnded(RuntimeError):

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from megatron_orz.types import LossMean
+from megatron_orz.types import AdvantageKind, KLEstimator, LossMean
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 FleetKind: TypeAlias = Literal["vllm", "sglang", "local"]
 TransportKind: TypeAlias = Literal["auto", "ipc", "nccl", "gloo", "disk"]
 Verification: TypeAlias = Literal["sampled", "full", "off"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
+KLPlace: TypeAlias = Literal["loss", "reward"]
+Refresh: TypeAlias = Literal["never", "epoch"] | int
 Tracker: TypeAlias = Literal["wandb", "trackio"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
 
@@ -117,8 +119,13 @@ class ParallelConfig:
     """Reduce gradients during the backward pass, and gather updated parameters during the next forward pass."""
     timeout_s: float = 600.0
     """Deadline of every collective between trainer ranks."""
+    num_ranks: int | None = None
+    """GPUs the recipe is laid out for, on which a dry run in a single process plans; a run takes those it gets."""
 
     def __post_init__(self) -> None:
+        _require(
+            self.num_ranks is None or self.num_ranks >= 1, f"parallel.num_ranks {self.num_ranks} is not at least 1"
+        )
         for name in ("tp", "pp", "vpp", "cp", "ep"):
             _require(getattr(self, name) >= 1, f"parallel.{name} {getattr(self, name)} is not at least 1")
         _require(
@@ -172,12 +179,28 @@ class PPOConfig:
     """Mini-batches (optimizer steps) the policy takes on a step's rollouts; 1 is strictly on-policy."""
     num_critic_updates: int = 12
     """Mini-batches (optimizer steps) the critic takes on a step's rollouts."""
+    advantages: AdvantageKind = "gae"
+    """`gae`: by a critic. Without one, the rewards of a prompt's responses less their mean (`group_centred`), then by
+    their standard deviation (`group_normalised`), or less the mean of the others (`leave_one_out`)."""
     gamma: float = 1.0
     gae_lambda: float = 1.0
+    """Of the advantages; 0 is the temporal difference alone, 1 the whole return."""
+    value_gae_lambda: float | None = None
+    """Lambda of the returns that the critic learns, where it is another (decoupled GAE)."""
+    gae_alpha: float | None = None
+    """Length-adaptive GAE: the advantages of a response of n tokens have lambda 1 - 1 / (gae_alpha n)."""
+    num_critic_warmup_steps: int = 0
+    """First steps, in which the critic alone learns."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of a step to mean 0 and variance 1 over all response tokens."""
     clip_eps: float = 0.2
-    """Clip range of the probability ratio."""
+    """Clip range of the probability ratio, below 1 and above."""
+    clip_eps_high: float | None = None
+    """Clip range above 1, where it is another (clip-higher)."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus in the loss."""
+    overlong_tokens: int = 0
+    """The last tokens of the longest response allowed, over which the reward falls by 1 (soft over-long penalty)."""
     value_clip_eps: float = 0.2
     """Clip range of the value around its old one; 0 turns value clipping off."""
     importance_cap: float = 0.0
@@ -191,11 +214,27 @@ class PPOConfig:
     loss_mean: LossMean = "token"
     """What the losses are averaged over; the original's released code uses `pack`."""
 
+    @property
+    def uses_critic(self) -> bool:
+        """Whether the advantages come from a critic."""
+        return self.advantages == "gae"
+
+    def num_updates(self, step: int) -> tuple[int, int]:
+        """Mini-batches that critic and policy take in a step: no critic takes none, and one warms up alone."""
+        num_critic_updates = self.num_critic_updates if self.uses_critic else 0
+        return num_critic_updates, self.num_policy_updates if step >= self.num_critic_warmup_steps else 0
+
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_prompts", "num_responses", "num_policy_updates", "num_critic_updates"):
             _require(getattr(self, name) >= 1, f"ppo.{name} {getattr(self, name)} is not at least 1")
-        for name in ("gamma", "gae_lambda"):
-            _require(0 <= getattr(self, name) <= 1, f"ppo.{name} {getattr(self, name)} is outside [0, 1]")
+        for name in ("gamma", "gae_lambda", "value_gae_lambda"):
+            value = getattr(self, name)
+            _require(value is None or 0 <= value <= 1, f"ppo.{name} {value} is outside [0, 1]")
+        for name in ("clip_eps", "clip_eps_high", "gae_alpha"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"ppo.{name} {value} is not positive")
+        for name in ("entropy_coefficient", "overlong_tokens", "num_critic_warmup_steps"):
+            _require(getattr(self, name) >= 0, f"ppo.{name} {getattr(self, name)} is negative; 0 turns it off")
         _require(self.importance_cap >= 0, f"ppo.importance_cap {self.importance_cap} is negative; 0 turns it off")
         _require(self.max_staleness in (0, 1), f"ppo.max_staleness {self.max_staleness} is neither 0 nor 1")
         _require(self.oversampling >= 0, f"ppo.oversampling {self.oversampling} is negative; 0 turns it off")
@@ -205,8 +244,62 @@ class PPOConfig:
             rounds == 0 or self.num_responses > 1,
             f"ppo.max_resampling_rounds {rounds} compares siblings: it needs ppo.num_responses > 1",
         )
-        _require(self.clip_eps > 0, f"ppo.clip_eps {self.clip_eps} is not positive")
         _require(self.value_clip_eps >= 0, f"ppo.value_clip_eps {self.value_clip_eps} is negative; 0 turns it off")
+        self._check_advantages()
+
+    def _check_advantages(self) -> None:
+        _require(
+            self.gae_alpha is None or self.gae_lambda == 1,
+            f"ppo.gae_alpha {self.gae_alpha} makes lambda depend on the length, so that ppo.gae_lambda "
+            f"{self.gae_lambda} has no effect; set one of them",
+        )
+        _require(
+            self.num_critic_warmup_steps < self.num_steps,
+            f"ppo.num_critic_warmup_steps {self.num_critic_warmup_steps} leaves the policy none of the "
+            f"{self.num_steps} steps; lower it, or raise ppo.num_steps",
+        )
+        if self.uses_critic:
+            return
+        _require(
+            self.num_responses >= 2,
+            f"ppo.advantages {self.advantages} compares the responses of a prompt, but ppo.num_responses is "
+            f"{self.num_responses}; raise it to at least 2, or set ppo.advantages to gae",
+        )
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("gamma", "gae_lambda", "value_gae_lambda", "gae_alpha", "num_critic_warmup_steps"):
+            _require(
+                getattr(self, name) == defaults[name],
+                f"ppo.{name} {getattr(self, name)} needs the values of a critic, which ppo.advantages "
+                f"{self.advantages} has none of; leave it at {defaults[name]}, or set ppo.advantages to gae",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLConfig:
+    """A penalty on the divergence of the policy from a reference."""
+
+    coefficient: float = 0.0
+    """0: no penalty, and no reference is loaded."""
+    estimator: KLEstimator = "k3"
+    """k1: log pi - log ref; k2: half its square; k3: ref / pi - 1 + k1. Differentiated, k1 is 0 on average: no loss."""
+    place: KLPlace = "loss"
+    """Add it to the loss, or take it from the rewards of the tokens."""
+    reference: Path | None = None
+    """Hugging Face checkpoint of the reference, usually the policy's own."""
+    refresh: Refresh = "never"
+    """When the reference becomes the policy of that time: after every so many steps, or those of an epoch."""
+
+    def __post_init__(self) -> None:
+        _require(self.coefficient >= 0, f"kl.coefficient {self.coefficient} is negative; 0 turns the penalty off")
+        _require(
+            isinstance(self.refresh, str) or self.refresh >= 1,
+            f"kl.refresh {self.refresh} is neither never, nor epoch, nor at least 1 step",
+        )
+        _require(
+            self.coefficient == 0 or self.reference is not None,
+            f"kl.coefficient {self.coefficient} measures the divergence from a reference, but there is none; set "
+            "kl.reference to the checkpoint the policy starts from, or kl.coefficient to 0",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -454,10 +547,12 @@ class Config:
     run_dir: Path
     """Everything the run writes: metrics, curves, config.json, checkpoints."""
     policy: ModelConfig
-    critic: CriticConfig
+    critic: CriticConfig | None
+    """Built only where `ppo.advantages` uses it; None where a recipe has none."""
     ppo: PPOConfig
     sampling: SamplingConfig
     data: DataConfig
+    kl: KLConfig = field(default_factory=KLConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     fleet: FleetConfig = field(default_factory=FleetConfig)
@@ -473,7 +568,9 @@ class Config:
     fresh: bool = False
     """Begin anew: what run_dir holds is set aside, where the run would else go on from its last checkpoint."""
     dry_run: bool = False
-    """Check everything that can be checked without building a model, print the resolved config, and stop."""
+    """Check everything that can be checked without building a model, print the resolved config and a plan, and stop."""
+    debug: bool = False
+    """Scale the recipe down to one machine: few prompts, short responses, one update. Other options still count."""
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -529,11 +626,21 @@ class Config:
                 "what hangs; raise hang_timeout_s",
             )
         num_rollouts = self.ppo.num_prompts * self.ppo.num_responses
-        num_updates = max(self.ppo.num_policy_updates, self.ppo.num_critic_updates)
+        num_updates = max(self.ppo.num_updates(step=self.ppo.num_steps))
         _require(
             num_rollouts >= num_updates,
             f"{num_rollouts} rollouts a step cannot be split into {num_updates} mini-batches; "
             "raise ppo.num_prompts or lower ppo.num_critic_updates",
+        )
+        _require(
+            self.critic is not None or not self.ppo.uses_critic,
+            "ppo.advantages gae needs the values of a critic, but critic is None; set critic to a CriticConfig, or "
+            "ppo.advantages to group_normalised",
+        )
+        _require(
+            self.ppo.overlong_tokens < self.sampling.max_response_tokens,
+            f"ppo.overlong_tokens {self.ppo.overlong_tokens} leaves nothing of sampling.max_response_tokens "
+            f"{self.sampling.max_response_tokens} without a penalty; lower it",
         )
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import fmean
 from typing import TypeVar
 
-from megatron_orz.algorithms.advantages import estimate, whiten_advantages
-from megatron_orz.algorithms.losses import ClippedValueLoss, policy_loss
+from megatron_orz.algorithms.advantages import whiten_advantages
+from megatron_orz.algorithms.algorithm import Algorithm
 from megatron_orz.config import Config
 from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
@@ -27,6 +26,7 @@ from megatron_orz.types import (
     Grader,
     Metrics,
     Policy,
+    Reference,
     Rollout,
     Trainable,
 )
@@ -37,8 +37,10 @@ Loss = TypeVar("Loss")
 def run(
     config: Config,
     *,
+    algorithm: Algorithm,
     policy: Policy,
     critic: Critic,
+    reference: Reference,
     fleet: Fleet,
     grader: Grader,
     prompts: PromptStream,
@@ -51,14 +53,12 @@ def run(
 ) -> None:
     """Trains policy and critic until `config.ppo.num_steps` steps are done.
 
-    evaluate: the held-out scores of the policy the fleet holds.
+    algorithm: what rewards, advantages and losses are. A critic or reference it does not use says 0 of every token.
     num_done: steps that policy, critic and prompts have behind them.
     on_step_end: called with the number of steps done; nothing of a step is left over then.
     evaluate: the held-out scores of the policy the fleet holds. record_rollouts: the metrics of a step's rollouts.
     """
     ppo, interval = config.ppo, config.evaluation.interval
-    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps, importance_cap=ppo.importance_cap)
-    squared_error = ClippedValueLoss(ppo.value_clip_eps)
     for step in range(num_done, ppo.num_steps + 1):
         start = time.perf_counter()
         with log.span("sync"):
@@ -81,40 +81,44 @@ def run(
             rollouts = grader.grade(rollouts, on_grade=advance)
         metrics = record_rollouts(step, rollouts)
 
-        # log pi_old and V_old, then advantages A_t and returns R_t by GAE(gamma, lambda).
+        # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda).
+        num_critic_updates, num_policy_updates = ppo.num_updates(step)
         with log.span("infer"):
             batches = pack(
                 rollouts,
+                algorithm.rewards(rollouts),
                 max_pack_tokens=config.data.max_pack_tokens,
                 dp_size=ranks.dp_size,
                 dp_rank=ranks.dp_rank,
-                min_packs=max(ppo.num_policy_updates, ppo.num_critic_updates),
+                min_packs=max(num_policy_updates, num_critic_updates),
                 pad_multiple=ranks.pack_multiple,
                 seed=seed,
             )
             old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
-            experience, moments = estimate(
-                batches, old_log_probs, old_values, gamma=ppo.gamma, gae_lambda=ppo.gae_lambda
-            )
-            metrics |= experience_metrics(experience, moments, ranks)
+            reference.refresh(step)
+            ref_log_probs = reference.infer(batches)
+            experience, moments = algorithm.estimate(batches, old_log_probs, old_values, ref_log_probs)
+            metrics |= experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
             if ppo.whiten_advantages:
                 experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
-        metrics |= update("critic", critic, split(experience, ppo.num_critic_updates), squared_error, log)
-        metrics |= update("policy", policy, split(experience, ppo.num_policy_updates), surrogate, log)
+        metrics |= update("critic", critic, experience, num_critic_updates, algorithm.value_loss, log)
+        metrics |= update("policy", policy, experience, num_policy_updates, algorithm.policy_loss, log)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         log.record(step, metrics | scores | {"tokens_per_s": num_tokens / (time.perf_counter() - start)})
         on_step_end(step + 1)
 
 
 def update(
-    name: str, model: Trainable[Loss], minibatches: Sequence[Sequence[Experience]], loss: Loss, log: RunLog
+    name: str, model: Trainable[Loss], experience: Sequence[Experience], num_updates: int, loss: Loss, log: RunLog
 ) -> Metrics:
-    """One optimizer step on each mini-batch; the means of their metrics."""
+    """One optimizer step on each of `num_updates` mini-batches; the means of their metrics."""
+    if num_updates == 0:
+        return {}
     metrics: list[Metrics] = []
-    with log.span(name), log.progress(name, total=len(minibatches)) as advance:
-        for minibatch in minibatches:
+    with log.span(name), log.progress(name, total=num_updates) as advance:
+        for minibatch in split(experience, num_updates):
             metrics.append(model.step(minibatch, loss))
             advance()
     return {metric: fmean(step[metric] for step in metrics) for metric in metrics[0]}

@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
 from megatron_orz.ahead import OneStepAhead
+from megatron_orz.algorithms.algorithm import Absent
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.manifest import Progress
 from megatron_orz.checkpoint.preemption import Preemption
 from megatron_orz.checkpoint.recipe import recipe_of
 from megatron_orz.checkpoint.run_directory import open_run_directory
 from megatron_orz.checkpoint.step_end import StepEnd
+from megatron_orz.checks import check_models, read_data
 from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
-from megatron_orz.command_line import parse, plain_errors, rank, world_size
-from megatron_orz.config import Config, ModelConfig, to_json
+from megatron_orz.command_line import parse, plain_errors, world_size
+from megatron_orz.compose import compose
+from megatron_orz.config import Config
 from megatron_orz.curves import draw_curves
-from megatron_orz.data.prompts import PromptStream, check_vocabulary, load_prompts
-from megatron_orz.engine.architecture import read_architecture
-from megatron_orz.engine.budget import check_colocated
-from megatron_orz.engine.torch_dist import is_torch_dist
+from megatron_orz.data.prompts import PromptStream
+from megatron_orz.debug import scaled_down
+from megatron_orz.dry_run import dry_run
 from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
 from megatron_orz.metrics.recorder import RolloutRecorder
@@ -38,25 +38,27 @@ from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.timeline import TIMELINE_FILE, Timeline
 from megatron_orz.trackers import check_trackers
-from megatron_orz.types import Critic, Fleet, Grader, Policy, Prompt, Stateful
+from megatron_orz.types import Critic, Fleet, Grader, Policy, Reference, Stateful
 from megatron_orz.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
-
-def main(recipe: Config, *, prepare: Callable[[], None] | None = None) -> None:
+def main(recipe: Config, *, prepare: Callable[[], None] | None = None, published_models: Path | None = None) -> None:
     """The command line of a recipe: its values are the defaults, every field can be overridden.
 
     prepare: makes files that the recipe needs and may lack, such as its base model. It is called once the command line
     is known to be sound, and not for a dry run.
+    published_models: a directory with the config.json of models by their names, for a dry run where they are absent.
 
     Ends the process with one sentence and exit code 2 for what a user can mend; ORZ_DEBUG=1 shows the traceback.
     """
     with plain_errors():
-        config = parse(recipe)
+        # The options of a command line change what --debug makes of the recipe.
+        config = parse(scaled_down(recipe) if "--debug" in sys.argv[1:] else recipe)
+        if config.dry_run:
+            dry_run(config, published_models=published_models)
+            return
         config.parallel.check_world_size(world_size())
-        if prepare is not None and not config.dry_run:
+        if prepare is not None:
             prepare()
         train(config)
 
@@ -71,15 +73,12 @@ def train(config: Config) -> None:
     tokenizer = check_models(config)
     prompts, held_out = read_data(config, tokenizer)
     check_trackers(config.tracking.trackers)
-    if config.dry_run:
-        if rank() == 0:
-            print(to_json(config), end="")
-        return
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
     from megatron_orz.engine.parallel import open_mesh
     from megatron_orz.engine.random_state import RandomState
+    from megatron_orz.engine.reference import ReferenceEngine
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
@@ -118,14 +117,35 @@ def train(config: Config) -> None:
                 log.include(fleet.metrics)
                 if config.fleet.colocated:
                     fleet.sleep()
-            loss_mean, temperature = config.ppo.loss_mean, config.sampling.temperature
-            policy = PolicyEngine(config.policy, mesh, loss_mean=loss_mean, temperature=temperature)
-            critic = CriticEngine(config.critic, mesh, loss_mean=loss_mean, seed=config.seed)
+            temperature = config.sampling.temperature
+            loss_mean, max_response_tokens = config.ppo.loss_mean, config.sampling.max_response_tokens
+            policy = PolicyEngine(
+                config.policy,
+                mesh,
+                loss_mean=loss_mean,
+                max_response_tokens=max_response_tokens,
+                temperature=temperature,
+            )
+            parts: dict[str, Stateful] = {"policy": policy, "random": RandomState(mesh.rank)}
+            critic: CriticEngine | None = None
+            if config.critic is not None and config.ppo.uses_critic:
+                critic = parts["critic"] = CriticEngine(
+                    config.critic,
+                    mesh,
+                    loss_mean=loss_mean,
+                    max_response_tokens=max_response_tokens,
+                    seed=config.seed,
+                )
+            reference: ReferenceEngine | None = None
+            if config.kl.coefficient > 0:
+                epoch_steps = max(1, len(prompts) // config.ppo.num_prompts)
+                reference = parts["reference"] = ReferenceEngine(
+                    config.kl, config.policy, mesh, policy=policy, temperature=temperature, epoch_steps=epoch_steps
+                )
         reward = config.reward
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = ResponseGrader(verifier, tokenizer, ranks)
         stream = PromptStream(prompts, seed=config.seed, cursor=done.prompt_cursor)
-        parts: dict[str, Stateful] = {"policy": policy, "critic": critic, "random": RandomState(mesh.rank)}
         if resumed is not None:
             with log.console.status("loading the checkpoint"):
                 run_directory.store.restore(resumed, parts)
@@ -147,16 +167,20 @@ def train(config: Config) -> None:
             log.listen(timeline.on_trainer)
         step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline)
         step_policy: Policy = policy
-        step_critic: Critic = critic
+        step_critic: Critic = critic or Absent()
+        step_reference: Reference = reference or Absent()
         if config.fleet.colocated and isinstance(fleet, ServerFleet):
-            turns = Turns(fleet, [policy, critic])
+            turns = Turns(fleet, [model for model in (policy, critic, reference) if model is not None])
             log.include(turns.metrics)
             step_fleet = ColocatedFleet(step_fleet, turns)
-            step_policy, step_critic = ColocatedPolicy(policy, turns), ColocatedModel(critic, turns)
+            step_policy = ColocatedPolicy(policy, turns)
+            step_critic = ColocatedModel(critic, turns) if critic else step_critic
         ppo.run(
             config,
+            algorithm=compose(config),
             policy=step_policy,
             critic=step_critic,
+            reference=step_reference,
             fleet=step_fleet,
             grader=step_grader,
             prompts=stream,
@@ -167,12 +191,13 @@ def train(config: Config) -> None:
             num_done=done.step,
             on_step_end=step_end,
         )
-        for model, source, name in (
-            (step_policy, config.policy.path, "final"),
-            (critic, config.critic.path, "final-critic"),
-        ):
-            with ranks.share_fate("writing the final checkpoint"):
-                export_hf(model.hf_weights(), source=source, target=config.run_dir / name, is_writer=is_main)
+        with ranks.share_fate("writing the final checkpoint"):
+            weights, final = step_policy.hf_weights(), config.run_dir / "final"
+            export_hf(weights, source=config.policy.path, target=final, is_writer=is_main)
+        if critic is not None and config.critic is not None:
+            with ranks.share_fate("writing the final critic"):
+                weights, final = critic.hf_weights(), config.run_dir / "final-critic"
+                export_hf(weights, source=config.critic.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
             run_directory.mark_finished()
@@ -207,75 +232,6 @@ def with_options(
         )
         log.include(dynamic.metrics)
     return step_fleet, step_grader
-
-
-def check_models(config: Config) -> PreTrainedTokenizerBase:
-    """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
-    of_policy, of_critic = (_check_model(config, model) for model in (config.policy, config.critic))
-    if config.fleet.colocated and torch.cuda.is_available():
-        check_colocated(
-            config,
-            read_architecture(config.policy.path),
-            read_architecture(config.critic.path),
-            world_size=world_size(),
-            gpu_bytes=torch.cuda.get_device_properties(0).total_memory,
-        )
-    if of_policy.get_vocab() != of_critic.get_vocab():
-        raise ValueError(
-            f"{config.critic.path} has another vocabulary than {config.policy.path}, whose tokens the critic reads; "
-            "set critic.path to a model with the policy's tokenizer"
-        )
-    return of_policy
-
-
-def _check_model(config: Config, model: ModelConfig) -> PreTrainedTokenizerBase:
-    path = model.path
-    architecture = read_architecture(path)
-    architecture.check_layout(config.parallel)
-    if config.fleet.max_model_tokens > architecture.max_position:
-        raise ValueError(
-            f"fleet.max_model_tokens {config.fleet.max_model_tokens} exceeds the {architecture.max_position} "
-            f"positions of {path}; lower it"
-        )
-    # The servers of the fleet start from the policy's checkpoint, and know this form alone.
-    if not any(path.glob("*.safetensors")) and (model is config.policy or not is_torch_dist(path)):
-        raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
-    remedy = "copy the tokenizer's files of the same model there"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers package raises nothing narrower for a file it cannot read
-        raise ValueError(f"{path} holds no tokenizer that transformers can load ({error!r}); {remedy}") from error
-    # Where there are no files, transformers makes up a tokenizer without a vocabulary.
-    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
-        raise ValueError(f"{path} holds no tokenizer; {remedy}")
-    check_vocabulary(tokenizer, architecture.vocab_size)
-    return tokenizer
-
-
-def read_data(
-    config: Config, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Sequence[Prompt], Mapping[str, Sequence[Prompt]]]:
-    """Training prompts, and held-out prompts by the name of their file."""
-    data = config.data
-    load = partial(
-        load_prompts,
-        tokenizer=tokenizer,
-        template=data.template,
-        max_prompt_tokens=data.max_prompt_tokens,
-        problem_column=data.problem_column,
-        answer_column=data.answer_column,
-    )
-    held_out = {}
-    for path in config.evaluation.data:
-        if path.stem in held_out:
-            raise ValueError(
-                f"evaluation.data holds two files named {path.stem}, as their metrics would be; rename one"
-            )
-        held_out[path.stem], _ = load([path], max_prompts=config.evaluation.max_prompts)
-    prompts, report = load(data.train)
-    if rank() == 0:
-        print(f"training data: {report}", file=sys.stderr if config.dry_run else sys.stdout, flush=True)
-    return prompts, held_out
 
 
 def summarise(config: Config, log: RunLog) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, device
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort"]
@@ -132,6 +133,7 @@ class Experience(PackedBatch):
 
     old_log_probs: Tensor  # [T] float32, log pi_old(targets[t])
     old_values: Tensor  # [T] float32, V_old; zeros without a critic
+    ref_log_probs: Tensor  # [T] float32, log pi_ref(targets[t]); zeros without a reference
     advantages: Tensor  # [T] float32
     returns: Tensor  # [T] float32
 
@@ -144,12 +146,14 @@ class Experience(PackedBatch):
         old_values: Tensor,
         advantages: Tensor,
         returns: Tensor,
+        ref_log_probs: Tensor | None = None,
     ) -> Experience:
-        """Adds the estimates to a batch; every array is [T] float32."""
+        """Adds the estimates to a batch; every array is [T] float32, and there may be no reference."""
         return cls(
             **{field.name: getattr(batch, field.name) for field in fields(PackedBatch)},
             old_log_probs=old_log_probs,
             old_values=old_values,
+            ref_log_probs=torch.zeros_like(old_log_probs) if ref_log_probs is None else ref_log_probs,
             advantages=advantages,
             returns=returns,
         )
@@ -178,9 +182,14 @@ class LossOutput:
 
 PolicyLoss: TypeAlias = Callable[[PolicyOutput, Experience], LossOutput]
 ValueLoss: TypeAlias = Callable[[Tensor, Experience], LossOutput]
-LossMean: TypeAlias = Literal["token", "pack", "sequence"]
+LossMean: TypeAlias = Literal["token", "pack", "sequence", "constant"]
 """What every term of the loss is averaged over: all loss tokens of the mini-batch; the tokens of a pack,
-then the packs; the tokens of a sequence, then the sequences."""
+then the packs; the tokens of a sequence, then the sequences; as `sequence`, but with the sum over a sequence divided by
+the length of the longest response allowed, not by its own."""
+AdvantageKind: TypeAlias = Literal["gae", "group_normalised", "group_centred", "leave_one_out"]
+"""Where advantages come from: a critic, or the rewards of a prompt's other responses (`group_advantages.py`)."""
+KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
+"""How the divergence from a reference is estimated: `algorithms/kl.py`."""
 
 
 Loss = TypeVar("Loss", contravariant=True)
@@ -239,6 +248,18 @@ class Stateful(Protocol):
 
     def load_state(self, directory: Path) -> None:
         """Takes the state up, whatever the layout of the ranks that saved it."""
+        ...
+
+
+class Reference(Protocol):
+    """The policy's past self, from which it is kept from straying far. Every call is collective."""
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """The log-probabilities of the targets, as the policy's."""
+        ...
+
+    def refresh(self, step: int) -> None:
+        """Becomes the policy as it is before this step, where that is due."""
         ...
 
 

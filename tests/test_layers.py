@@ -44,6 +44,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
     "conversion": {"types", "config", "engine", "checkpoint", "json_file"},
+    "compose": {"types", "config", "algorithms"},
+    "debug": {"config"},
+    "checks": {"types", "config", "command_line", "data", "engine"},
+    "dry_run": {"config", "command_line", "checks", "engine"},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},
 }

@@ -16,6 +16,8 @@ import pytest
 from rich.console import Console
 
 from megatron_orz import ppo
+from megatron_orz.algorithms.algorithm import Absent
+from megatron_orz.compose import compose
 from megatron_orz.config import (
     Config,
     CriticConfig,
@@ -117,6 +119,7 @@ def run_layout(model: Path, run_dir: Path, parallel: ParallelConfig) -> None:
     probe = pack_sequences([PROBE], max_pack_tokens=80)
     with open_mesh(parallel, seed=0) as mesh:
         policy = PolicyEngine(config.policy, mesh)
+        assert config.critic is not None
         critic = CriticEngine(config.critic, mesh)
 
         def evaluate() -> Metrics:
@@ -134,8 +137,10 @@ def run_layout(model: Path, run_dir: Path, parallel: ParallelConfig) -> None:
         with RunLog(run_dir, num_steps=NUM_STEPS, is_main=mesh.rank == 0, console=console) as log:
             ppo.run(
                 config,
+                algorithm=compose(config),
                 policy=policy,
                 critic=critic,
+                reference=Absent(),
                 fleet=ReplayFleet(),
                 grader=ParityGrader(),
                 prompts=PromptStream(prompts, seed=0),

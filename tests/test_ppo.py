@@ -17,6 +17,8 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_orz import ppo
+from megatron_orz.algorithms.algorithm import Absent
+from megatron_orz.compose import compose
 from megatron_orz.config import (
     Config,
     CriticConfig,
@@ -32,6 +34,7 @@ from megatron_orz.logs import RunLog, read_metrics
 from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.metrics.traits import Traits
 from megatron_orz.types import (
+    AdvantageKind,
     Experience,
     Grade,
     LossOutput,
@@ -239,8 +242,10 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet, *, interrupt_at:
         go = partial(
             ppo.run,
             config,
+            algorithm=compose(config),
             policy=BigramPolicy(run),
-            critic=TableCritic(run),
+            critic=TableCritic(run) if config.ppo.uses_critic else Absent(),
+            reference=Absent(),
             fleet=server,
             grader=GoalGrader(),
             prompts=PromptStream(PROMPTS, seed=config.seed),
@@ -339,6 +344,23 @@ def test_the_losses_see_the_returns_and_whitened_advantages_of_the_rewards(run: 
         advantages = torch.cat(raw).double()
         expected = (advantages - advantages.mean()) / advantages.std(correction=0)
         torch.testing.assert_close(torch.cat(whitened).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("advantages", ["group_normalised", "group_centred", "leave_one_out"])
+def test_without_a_critic_the_reward_rises_and_nothing_is_said_of_one(
+    tmp_path: Path, advantages: AdvantageKind
+) -> None:
+    run = train(config(tmp_path, num_steps=30, num_responses=16, advantages=advantages, whiten_advantages=False))
+    assert fmean(run.column("reward/mean")[-5:]) > 0.95
+    assert run.contents("critic") == []
+    assert not [name for row in run.rows for name in row if "critic" in name]
+
+
+def test_a_critic_that_warms_up_learns_alone(tmp_path: Path) -> None:
+    run = train(config(tmp_path, num_critic_warmup_steps=2))
+    calls = [kind for kind, _ in run.events if kind in ("generate", "critic", "policy")]
+    assert calls == ["generate", "critic", "critic"] * 2 + ["generate", "critic", "critic", "policy"] * 2
+    assert [row["step"] for row in run.rows if "policy/loss" in row] == [2, 3]
 
 
 def test_rows_hold_the_documented_metrics(run: Run) -> None:

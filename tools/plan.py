@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from megatron_orz.config import DType, ParallelConfig, Recompute
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.memory import BYTES, ModelMemory, kv_cache_bytes, model_memory, num_parameters
+from megatron_orz.engine.memory import BYTES, ModelMemory, fullest_stage, kv_cache_bytes, num_parameters
 
 GIB = 2**30
 USABLE_SHARE = 0.9
@@ -113,21 +114,15 @@ def _grids(architecture: Architecture, arguments: Arguments) -> Iterator[Paralle
 
 
 def _plan(architecture: Architecture, parallel: ParallelConfig, recompute: Recompute, arguments: Arguments) -> Plan:
-    def fullest_stage(value_head: bool) -> ModelMemory:
-        stages = [
-            model_memory(
-                architecture,
-                parallel,
-                stage,
-                world_size=arguments.gpus,
-                pack_tokens=arguments.max_pack_tokens,
-                dtype=arguments.dtype,
-                recompute=recompute,
-                value_head=value_head,
-            )
-            for stage in range(parallel.pp)
-        ]
-        return max(stages, key=lambda stage: stage.resident + stage.activations)
+    memory = partial(
+        fullest_stage,
+        architecture,
+        parallel,
+        world_size=arguments.gpus,
+        pack_tokens=arguments.max_pack_tokens,
+        dtype=arguments.dtype,
+        recompute=recompute,
+    )
 
     idle = (parallel.pp - 1) / arguments.packs_per_rank
     cost = RECOMPUTE_COST[recompute] * (1 + idle)
@@ -137,8 +132,8 @@ def _plan(architecture: Architecture, parallel: ParallelConfig, recompute: Recom
         parallel=parallel,
         dp=arguments.gpus // (parallel.tp * parallel.pp * parallel.cp),
         recompute=recompute,
-        policy=fullest_stage(value_head=False),
-        critic=fullest_stage(value_head=True),
+        policy=memory(value_head=False),
+        critic=memory(value_head=True),
         cost=cost,
     )
 

@@ -11,10 +11,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from megatron_orz.ops.gae import packed_gae
+from megatron_orz.algorithms.gae import Advantages
 from megatron_orz.ops.moments import combine_moments, masked_moments
 from megatron_orz.types import Experience, PackedBatch
 
+Estimator: TypeAlias = Callable[[PackedBatch, Tensor], Advantages]
+"""(pack, values [T]) -> advantages, returns, moments: one of `gae.py`, with its arguments."""
 AllGather: TypeAlias = Callable[[Tensor], Tensor]
 
 MIN_VARIANCE = 1e-8
@@ -25,24 +27,27 @@ def estimate(
     batches: Sequence[PackedBatch],
     old_log_probs: Sequence[Tensor],
     old_values: Sequence[Tensor],
+    ref_log_probs: Sequence[Tensor],
     *,
-    gamma: float,
-    gae_lambda: float,
+    estimator: Estimator,
 ) -> tuple[list[Experience], Tensor]:
-    """Adds advantages and returns by GAE(gamma, lambda) to each pack; the advantages are not whitened.
+    """Adds advantages and returns to each pack; the advantages are not whitened.
 
-    old_log_probs, old_values: a [T] float32 tensor for each batch. The second result, [3], holds the moments of the
-    advantages of all response tokens.
+    old_log_probs, old_values, ref_log_probs: a [T] float32 tensor for each batch. The second result, [3], holds the
+    moments of the advantages of all response tokens.
     """
     experiences, parts = [], []
-    for batch, log_probs, values in zip(batches, old_log_probs, old_values, strict=True):
-        advantages, returns, moments = packed_gae(
-            batch.rewards, values, batch.cu_seqlens, batch.loss_mask, gamma=gamma, gae_lambda=gae_lambda
-        )
+    for batch, log_probs, values, of_reference in zip(batches, old_log_probs, old_values, ref_log_probs, strict=True):
+        advantages, returns, moments = estimator(batch, values)
         parts.append(moments)
         experiences.append(
             Experience.from_batch(
-                batch, old_log_probs=log_probs, old_values=values, advantages=advantages, returns=returns
+                batch,
+                old_log_probs=log_probs,
+                old_values=values,
+                ref_log_probs=of_reference,
+                advantages=advantages,
+                returns=returns,
             )
         )
     return experiences, _whole(parts)

@@ -46,7 +46,11 @@ class StepEnd:
 
     def _save(self, num_done: int) -> None:
         progress = Progress(step=num_done, prompt_cursor=self.prompts.cursor, metrics_bytes=self.log.flush())
-        sources = {"policy": self.config.policy.path, "critic": self.config.critic.path}
+        config = self.config
+        paths = {"policy": config.policy.path, "reference": config.kl.reference}
+        if config.critic is not None:
+            paths["critic"] = config.critic.path
+        sources = {name: path for name, path in paths.items() if path is not None and name in self.parts}
         self.store.save(progress, self.parts, sources=sources)
 
     def _export(self, num_done: int) -> None:

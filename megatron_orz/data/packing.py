@@ -31,6 +31,7 @@ Pack = list[int]
 
 def pack(
     rollouts: Sequence[Rollout],
+    rewards: Sequence[float] | None = None,
     *,
     max_pack_tokens: int,
     dp_size: int = 1,
@@ -41,6 +42,7 @@ def pack(
 ) -> list[PackedBatch]:
     """The packs of one data-parallel rank. Every rank calls it with all rollouts and gets as many packs.
 
+    rewards: what each rollout is credited with at its last token; by default its grade's reward.
     min_packs: at least this many packs per rank, for an optimizer that takes as many mini-batches.
     pad_multiple: T of every pack becomes a multiple of it by one more sequence, which no loss looks at.
     seed: shuffles the packs.
@@ -55,14 +57,16 @@ def pack(
                 f"a rollout of prompt {rollout.prompt.prompt_id} has {len(rollout.response_ids)} response tokens "
                 f"and {len(rollout.rollout_log_probs)} log-probabilities; the fleet must return one for each"
             )
+    if rewards is None:
+        rewards = [rollout.grade.reward if rollout.grade else 0.0 for rollout in rollouts]
     sequences = [
         _Sequence(
             prompt_ids=rollout.prompt.token_ids,
             response_ids=rollout.response_ids,
-            reward=rollout.grade.reward if rollout.grade else 0.0,
+            reward=reward,
             log_probs=rollout.rollout_log_probs,
         )
-        for rollout in rollouts
+        for rollout, reward in zip(rollouts, rewards, strict=True)
     ]
     return _pack(sequences, max_pack_tokens, dp_size, dp_rank, min_packs, pad_multiple, seed)
 

@@ -13,12 +13,13 @@ TRAINER_RESIDUE = 2 * GIB
 """What an offloaded trainer keeps: CUDA context, communication buffers, the allocator's gaps. An allowance."""
 SERVER_RESIDUE = 2 * GIB
 """What a sleeping server keeps: CUDA context, communication buffers, captured graphs. An allowance."""
+NOTHING = ModelMemory(weights=0, gradients=0, optimizer=0, activations=0)
 UPDATE_BUFFERS = GIB // 4
 """Buckets of weights on their way. An allowance."""
 
 
 def check_colocated(
-    config: Config, policy: Architecture, critic: Architecture, *, world_size: int, gpu_bytes: int
+    config: Config, policy: Architecture, critic: Architecture | None, *, world_size: int, gpu_bytes: int
 ) -> None:
     """Raises ValueError with the sums of the first moment that does not fit into `gpu_bytes`.
 
@@ -50,18 +51,23 @@ def check_colocated(
 
 
 def moments(
-    config: Config, policy: Architecture, critic: Architecture, *, world_size: int, gpu_bytes: int
+    config: Config, policy: Architecture, critic: Architecture | None, *, world_size: int, gpu_bytes: int
 ) -> dict[str, Mapping[str, int]]:
     """Bytes on the fullest GPU by what takes them, for each moment of a step."""
     models = [
         (
             _memory(config, config.policy, policy, stage, world_size, value_head=False),
-            _memory(config, config.critic, critic, stage, world_size, value_head=True),
+            _memory(config, config.critic, critic, stage, world_size, value_head=True)
+            if critic and config.critic
+            else NOTHING,
         )
         for stage in range(config.parallel.pp)
     ]
-    resident = max(of_policy.resident + of_critic.resident for of_policy, of_critic in models)
-    training = max(
+    # A reference is the policy's weights once more.
+    has_reference = config.kl.coefficient > 0
+    reference = max(of_policy.weights for of_policy, _ in models) if has_reference else 0
+    resident = reference + max(of_policy.resident + of_critic.resident for of_policy, of_critic in models)
+    training = reference + max(
         of_policy.resident + of_critic.resident + max(of_policy.activations, of_critic.activations)
         for of_policy, of_critic in models
     )

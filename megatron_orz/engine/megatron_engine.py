@@ -60,20 +60,24 @@ class MegatronEngine(ABC, Generic[Output]):
         mesh: Mesh,
         *,
         loss_mean: LossMean = "token",
+        max_response_tokens: int = 0,
         value_head: ValueHead | None = None,
+        is_frozen: bool = False,
     ) -> None:
+        """max_response_tokens: what the loss mean `constant` divides by. is_frozen: only `infer` will be called."""
         self.mesh = mesh
         self.architecture: Architecture = read_architecture(config.path)
         self.architecture.check_layout(mesh.config)
         self.loss_mean: LossMean = loss_mean
+        self._max_response_tokens = max_response_tokens
         self._has_value_head = value_head is not None
         with platform.megatron_calls():
             self.chunks = build_model(
                 self.architecture, mesh, dtype=config.dtype, recompute=config.recompute, value_head=value_head
             )
             weights.load(self.chunks, config.path, self.architecture, mesh, value_head=self._has_value_head)
-            self._replicas = replicate(self.chunks, mesh.config, config.optimizer)
-            self._optimizer = Optimizer(self._replicas, config.optimizer, self.name)
+            self._replicas = [] if is_frozen else replicate(self.chunks, mesh.config, config.optimizer)
+            self._optimizer = None if is_frozen else Optimizer(self._replicas, config.optimizer, self.name)
         self._offload = Offload(mesh.device)
 
     @property
@@ -102,8 +106,8 @@ class MegatronEngine(ABC, Generic[Output]):
             inferred = self._infer_tokens(hidden, pack.local)
             return inferred.new_zeros(()), pack.whole(inferred)
 
-        for replica in self._replicas:
-            replica.eval()
+        for chunk in self.chunks:
+            chunk.eval()
         with torch.no_grad():
             results = self._run(batches, collect, forward_only=True)
         sizes = [batch.tokens.shape[0] for batch in batches]
@@ -119,7 +123,10 @@ class MegatronEngine(ABC, Generic[Output]):
         dist.all_reduce(totals, group=self.mesh.dp_group)
 
         def weighted(hidden: Tensor, pack: MicroBatch[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
-            batch, weights = pack.local, pack.take(token_weights(pack.batch, self.loss_mean, totals))
+            batch = pack.local
+            weights = pack.take(
+                token_weights(pack.batch, self.loss_mean, totals, max_response_tokens=self._max_response_tokens)
+            )
             total, output = self._weighted_loss(hidden, batch, loss, weights)
             index = batch.loss_mask.nonzero().squeeze(1)
             with torch.no_grad():
@@ -129,6 +136,7 @@ class MegatronEngine(ABC, Generic[Output]):
             return total, {f"{self.name}/loss": total.detach().clone(), **means}
 
         self._check_loaded()
+        assert self._optimizer is not None, f"the {self.name} is frozen"
         for replica in self._replicas:
             replica.train()
         self._optimizer.zero_grad()
@@ -140,10 +148,14 @@ class MegatronEngine(ABC, Generic[Output]):
     def hf_weights(self) -> RepeatableWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
         self._check_loaded()
-        gather_parameters(self._replicas)
+        self.finish_update()
         return RepeatableWeights(
             lambda: weights.hf_weights(self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
         )
+
+    def finish_update(self) -> None:
+        """Brings parameters that are still on their way from other ranks to this one. Collective."""
+        gather_parameters(self._replicas)
 
     def save_state(self, directory: Path, *, copy: bool) -> training_state.PendingSave:
         """Fixes weights, optimizer and schedule as they are, to be written into an empty directory all ranks see.
@@ -169,9 +181,8 @@ class MegatronEngine(ABC, Generic[Output]):
         """
         gather_parameters(self._replicas)
         tensors = chain.from_iterable(chain(chunk.parameters(), chunk.buffers()) for chunk in self.chunks)
-        num_bytes = self._offload.release(
-            keep=chain(tensors, self._optimizer.tensors()), drop=gradient_buffers(self._replicas)
-        )
+        of_optimizer = self._optimizer.tensors() if self._optimizer else ()
+        num_bytes = self._offload.release(keep=chain(tensors, of_optimizer), drop=gradient_buffers(self._replicas))
         return {
             f"{self.name}/offloaded_gib": num_bytes / 2**30,
             f"{self.name}/peak_memory_gib": platform.peak_memory_gib(),
@@ -193,7 +204,8 @@ class MegatronEngine(ABC, Generic[Output]):
         packs = micro_batches(batches, self.mesh, dtype=self.model.config.params_dtype)
 
         def loss_func(pack: MicroBatch[Batch], hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
-            finish_gather(self._replicas[-1])
+            for replica in self._replicas[-1:]:
+                finish_gather(replica)
             loss, result = on_hidden(self._whole(hidden), pack)
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), result
 
@@ -207,11 +219,12 @@ class MegatronEngine(ABC, Generic[Output]):
             )
             return hidden, partial(loss_func, pack)
 
+        models = self._replicas or self.chunks
         with platform.megatron_calls():
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=[iter(packs) for _ in self._replicas],
-                model=self._replicas,
+                data_iterator=[iter(packs) for _ in models],
+                model=models,
                 num_microbatches=len(packs),
                 seq_length=packs[0].local.tokens.shape[0],
                 micro_batch_size=1,
@@ -252,9 +265,18 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
     name = "policy"
 
     def __init__(
-        self, config: ModelConfig, mesh: Mesh, *, loss_mean: LossMean = "token", temperature: float = 1.0
+        self,
+        config: ModelConfig,
+        mesh: Mesh,
+        *,
+        loss_mean: LossMean = "token",
+        max_response_tokens: int = 0,
+        temperature: float = 1.0,
+        is_frozen: bool = False,
     ) -> None:
-        super().__init__(config, mesh, loss_mean=loss_mean)
+        super().__init__(
+            config, mesh, loss_mean=loss_mean, max_response_tokens=max_response_tokens, is_frozen=is_frozen
+        )
         self._head_options: dict[str, Any] = {
             "temperature": temperature,
             "vocab_size": self.architecture.vocab_size,
@@ -293,10 +315,18 @@ class CriticEngine(MegatronEngine[Tensor]):
 
     name = "critic"
 
-    def __init__(self, config: CriticConfig, mesh: Mesh, *, loss_mean: LossMean = "token", seed: int = 0) -> None:
+    def __init__(
+        self,
+        config: CriticConfig,
+        mesh: Mesh,
+        *,
+        loss_mean: LossMean = "token",
+        max_response_tokens: int = 0,
+        seed: int = 0,
+    ) -> None:
         architecture = read_architecture(config.path)
         head = ValueHead(architecture.hidden_size, init=config.value_head_init, seed=seed)
-        super().__init__(config, mesh, loss_mean=loss_mean, value_head=head)
+        super().__init__(config, mesh, loss_mean=loss_mean, max_response_tokens=max_response_tokens, value_head=head)
 
     def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         return self.model.output_layer(hidden)

@@ -99,6 +99,35 @@ def model_memory(
     )
 
 
+def fullest_stage(
+    architecture: Architecture,
+    parallel: ParallelConfig,
+    *,
+    world_size: int,
+    pack_tokens: int,
+    dtype: DType,
+    recompute: Recompute,
+    value_head: bool,
+    distributed_optimizer: bool = True,
+) -> ModelMemory:
+    """`model_memory` of the stage that takes most of it."""
+    stages = (
+        model_memory(
+            architecture,
+            parallel,
+            stage,
+            world_size=world_size,
+            pack_tokens=pack_tokens,
+            dtype=dtype,
+            recompute=recompute,
+            value_head=value_head,
+            distributed_optimizer=distributed_optimizer,
+        )
+        for stage in range(parallel.pp)
+    )
+    return max(stages, key=lambda memory: memory.resident + memory.activations)
+
+
 def layer_activations(architecture: Architecture, parallel: ParallelConfig, *, num_bytes: int) -> float:
     """Bytes a layer keeps of one token for its backward pass, by tensor-parallel rank.
 

@@ -59,9 +59,14 @@ _ASYNC_STRATEGY = (
 )
 
 
-def sharded_state(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer) -> ShardedState:
-    """Weights, moments and counters of this rank, by their place in the whole model. The tensors are the live ones."""
+def sharded_state(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None) -> ShardedState:
+    """Weights, moments and counters of this rank, by their place in the whole model. The tensors are the live ones.
+
+    A frozen model, which has no optimizer, is its weights.
+    """
     state: ShardedState = sharded_states(chunks)
+    if optimizer is None:
+        return state
     of_parameter = {id(sharded.data): sharded for sharded in nested_values(state)}
     state["optimizer"] = [
         box
@@ -219,7 +224,7 @@ def save(state: ShardedState, directory: Path, *, copy: bool) -> PendingSave:
     return strategy.pending
 
 
-def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer, directory: Path) -> None:
+def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None, directory: Path) -> None:
     """Fills weights, moments and counters. Collective; the checkpoint may come from any layout."""
     state = sharded_state(chunks, optimizer)
     with warnings.catch_warnings():
@@ -227,4 +232,5 @@ def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer, directory: Pa
         read_metadata(directory)  # before megatron-core reads it as a pickle that may hold anything
         loaded = dist_checkpointing.load(state, str(directory))  # the boxes of the optimizer are filled in place
     fill(chunks, loaded)
-    optimizer.restore_counters(loaded[COUNTERS])
+    if optimizer is not None:
+        optimizer.restore_counters(loaded[COUNTERS])

@@ -12,8 +12,10 @@ from megatron_orz.ops.moments import combine_moments
 from megatron_orz.types import DataParallel, Experience, Metrics
 
 
-def experience_metrics(experience: Sequence[Experience], moments: Tensor, ranks: DataParallel) -> Metrics:
-    """How far the servers' log-probabilities are from the trainer's own, and how good the critic is.
+def experience_metrics(
+    experience: Sequence[Experience], moments: Tensor, ranks: DataParallel, *, has_critic: bool = True
+) -> Metrics:
+    """How far the servers' log-probabilities are from the trainer's own, and how good the critic is, if there is one.
 
     moments: [3] float64, those of this rank's advantages before whitening, from `estimate`. Collective.
     """
@@ -23,11 +25,13 @@ def experience_metrics(experience: Sequence[Experience], moments: Tensor, ranks:
     parts = torch.stack([mismatch.sum(), largest, torch.tensor(float(num_positive), dtype=torch.float64), *moments])
     gathered = ranks.dp_all_gather(parts)  # [dp_size, 6]
     num_tokens, mean, sum_of_squares = combine_moments(gathered[:, 3:]).tolist()
-    return {
+    metrics = {
         "log_prob_mismatch/mean": float(gathered[:, 0].sum()) / num_tokens,
         "log_prob_mismatch/max": float(gathered[:, 1].max()),
         "advantage/mean": mean,
         "advantage/std": (sum_of_squares / num_tokens) ** 0.5,
         "advantage/positive_share": float(gathered[:, 2].sum()) / num_tokens,
-        "critic/explained_variance": explained_variance(experience, ranks.dp_all_gather),
     }
+    if has_critic:
+        metrics["critic/explained_variance"] = explained_variance(experience, ranks.dp_all_gather)
+    return metrics

@@ -1,6 +1,7 @@
 """Whitening, estimation and explained variance, whole and split over ranks."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -13,10 +14,12 @@ from megatron_orz.algorithms.advantages import (
     whiten,
     whiten_advantages,
 )
+from megatron_orz.algorithms.gae import gae
 from megatron_orz.ops.moments import combine_moments, masked_moments
 from megatron_orz.types import Experience
 from tests.algorithms.packs import random_batch, random_experience
 
+MONTE_CARLO = partial(gae, gamma=1.0, gae_lambda=1.0)
 LENGTHS = [[(2, 3), (1, 1), (4, 6)], [(3, 5)], [(1, 2), (5, 0), (2, 7)], [(4, 4), (1, 9)]]
 
 
@@ -83,7 +86,7 @@ def test_estimate_gives_each_response_token_its_return() -> None:
     batches = [random_batch(lengths, seed) for seed, lengths in enumerate(LENGTHS)]
     values = [torch.randn(len(b.tokens), generator=torch.Generator().manual_seed(9)) for b in batches]
     log_probs = [torch.full_like(v, -1.5) for v in values]
-    experiences, moments = estimate(batches, log_probs, values, gamma=1.0, gae_lambda=1.0)
+    experiences, moments = estimate(batches, log_probs, values, log_probs, estimator=MONTE_CARLO)
     advantages = response_tokens(experiences, "advantages")
     expected_moments = [
         len(advantages),
@@ -97,13 +100,16 @@ def test_estimate_gives_each_response_token_its_return() -> None:
         torch.testing.assert_close(experience.returns, rewards, rtol=0, atol=1e-5)
         torch.testing.assert_close(experience.advantages, rewards - value, rtol=0, atol=1e-5)
         assert experience.old_values is value
+        assert experience.ref_log_probs is experience.old_log_probs
         assert experience.targets is batch.targets
 
 
 def test_estimate_discounts() -> None:
     batch = random_batch([(1, 3)])
     values = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    (experience,), _ = estimate([batch], [values], [values], gamma=0.9, gae_lambda=0.5)
+    (experience,), _ = estimate(
+        [batch], [values], [values], [values], estimator=partial(gae, gamma=0.9, gae_lambda=0.5)
+    )
     last = batch.rewards[3] - 0.4
     expected = [(0.9 * 0.3 - 0.2) + 0.45 * ((0.9 * 0.4 - 0.3) + 0.45 * last), (0.9 * 0.4 - 0.3) + 0.45 * last, last]
     torch.testing.assert_close(experience.advantages[1:], torch.stack([torch.as_tensor(e) for e in expected]))
@@ -129,5 +135,6 @@ def test_explained_variance_is_over_the_response_tokens_of_all_ranks() -> None:
 
 
 def test_explained_variance_of_constant_returns_is_undefined() -> None:
-    (pack,), _ = estimate([random_batch([(2, 3)])], [torch.zeros(5)], [torch.randn(5)], gamma=1.0, gae_lambda=1.0)
+    zeros = torch.zeros(5)
+    (pack,), _ = estimate([random_batch([(2, 3)])], [zeros], [torch.randn(5)], [zeros], estimator=MONTE_CARLO)
     assert math.isnan(explained_variance([pack], alone))

@@ -2,14 +2,23 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, next_token_loss, policy_loss, token_weights
-from megatron_orz.types import Experience, LossMean, PackedBatch, PolicyOutput
+from megatron_orz.algorithms.losses import (
+    ClippedValueLoss,
+    WeightedLosses,
+    entropy_loss,
+    loss_totals,
+    next_token_loss,
+    policy_loss,
+    token_weights,
+)
+from megatron_orz.types import Experience, LossMean, LossOutput, PackedBatch, PolicyOutput
 from tests.algorithms.packs import random_batch, random_experience
 
 EPS = 0.2
@@ -143,6 +152,36 @@ def test_metrics_carry_no_gradient() -> None:
         assert {metric.shape for metric in loss.metrics.values()} == {loss.per_token.shape}
 
 
+def test_the_upper_clip_range_may_be_another() -> None:
+    """DAPO's clip-higher: only a positive advantage with a ratio between the ranges is treated otherwise."""
+    experience = random_experience(LENGTHS)
+    output = output_near(experience)
+    loss = policy_loss(output, experience, clip_eps=EPS, clip_eps_high=0.6)
+    for t in experience.loss_mask.nonzero().squeeze(1).tolist():
+        rho = math.exp(output.log_probs[t].item() - experience.old_log_probs[t].item())
+        advantage = float(experience.advantages[t])
+        surrogate = min(rho * advantage, min(max(rho, 1 - EPS), 1 + 0.6) * advantage)
+        assert loss.per_token[t].item() == pytest.approx(-surrogate, abs=1e-6)
+    plain = policy_loss(output, experience, clip_eps=EPS).per_token
+    ratio = (output.log_probs - experience.old_log_probs).exp()
+    gains = experience.loss_mask & (ratio > 1 + EPS) & (experience.advantages > 0)
+    assert gains.any()
+    assert torch.equal(loss.per_token != plain, gains)
+
+
+def test_losses_add_up_with_their_coefficients_and_keep_all_metrics() -> None:
+    experience = random_experience(LENGTHS)
+    output = output_near(experience)
+    surrogate = partial(policy_loss, clip_eps=EPS)
+    infinite = LossOutput(
+        per_token=torch.full((len(experience.tokens),), math.inf), metrics={"policy/x": output.entropy}
+    )
+    loss = WeightedLosses([(1.0, surrogate), (0.01, entropy_loss), (0.0, lambda *_: infinite)])(output, experience)
+    expected = surrogate(output, experience).per_token - 0.01 * output.entropy
+    torch.testing.assert_close(loss.per_token, expected)
+    assert loss.metrics.keys() == {*surrogate(output, experience).metrics, "policy/x"}
+
+
 def test_clipped_value_loss_equals_the_formula_token_by_token() -> None:
     experience = random_experience(LENGTHS)
     values = (experience.old_values + 0.5 * torch.randn(len(experience.tokens))).requires_grad_()
@@ -193,6 +232,7 @@ def test_next_token_loss_is_cross_entropy() -> None:
 
 
 # Two ranks; a response of one token, a sequence and a whole pack without loss tokens.
+MAX_RESPONSE_TOKENS = 16
 RANKS = [
     [[(2, 3), (1, 1), (4, 6)], [(3, 5)]],
     [[(1, 2), (5, 0), (2, 7)], [(4, 0)], [(4, 4), (1, 9)]],
@@ -210,7 +250,7 @@ def mean_by_loops(packs: list[tuple[PackedBatch, Tensor]], mean: LossMean) -> fl
     def average(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    tokens, pack_means, sequence_means = [], [], []
+    tokens, pack_means, sequence_means, sequence_sums = [], [], [], []
     for batch, loss in packs:
         of_pack = [x for x, inside in zip(loss.tolist(), batch.loss_mask.tolist(), strict=True) if inside]
         tokens += of_pack
@@ -219,20 +259,25 @@ def mean_by_loops(packs: list[tuple[PackedBatch, Tensor]], mean: LossMean) -> fl
         for span in sequences_of(batch):
             if of_sequence := loss[span][batch.loss_mask[span]].tolist():
                 sequence_means.append(average(of_sequence))
-    return average({"token": tokens, "pack": pack_means, "sequence": sequence_means}[mean])
+                sequence_sums.append(sum(of_sequence) / MAX_RESPONSE_TOKENS)
+    means = {"token": tokens, "pack": pack_means, "sequence": sequence_means, "constant": sequence_sums}
+    return average(means[mean])
 
 
-@pytest.mark.parametrize("mean", ["token", "pack", "sequence"])
+@pytest.mark.parametrize("mean", ["token", "pack", "sequence", "constant"])
 def test_weighted_sum_over_ranks_is_the_mean(mean: LossMean) -> None:
     ranks = [[random_batch(lengths) for lengths in rank] for rank in RANKS]
     totals = torch.stack([loss_totals(rank) for rank in ranks]).sum(0)
     generator = torch.Generator().manual_seed(0)
     packs = [(b, torch.randn(len(b.tokens), generator=generator)) for rank in ranks for b in rank]
-    weights = [token_weights(batch, mean, totals) for batch, _ in packs]
+    weights = [token_weights(batch, mean, totals, max_response_tokens=MAX_RESPONSE_TOKENS) for batch, _ in packs]
 
     weighted = sum((w * loss).sum().item() for w, (_, loss) in zip(weights, packs, strict=True))
     assert weighted == pytest.approx(mean_by_loops(packs, mean), abs=1e-6)
-    assert sum(w.sum().item() for w in weights) == pytest.approx(1, abs=1e-6)
+    # With a constant length, a response that is shorter has less weight.
+    whole = mean_by_loops([(batch, torch.ones_like(loss)) for batch, loss in packs], mean)
+    assert sum(w.sum().item() for w in weights) == pytest.approx(whole, abs=1e-6)
+    assert whole == pytest.approx(1) if mean != "constant" else whole < 0.5
     assert all(
         w.dtype == torch.float32 and w[~batch.loss_mask].abs().sum() == 0
         for w, (batch, _) in zip(weights, packs, strict=True)
@@ -252,13 +297,14 @@ def test_token_weights_of_the_documented_example() -> None:
         "token": ([1 / 6] * 4, [1 / 6] * 2),
         "pack": ([1 / 8] * 4, [1 / 4] * 2),
         "sequence": ([1 / 3, 1 / 9, 1 / 9, 1 / 9], [1 / 6] * 2),
+        "constant": ([1 / 12] * 4, [1 / 12] * 2),
     }
     for mean, (of_first, of_second) in expected.items():
-        torch.testing.assert_close(token_weights(first, mean, totals), torch.tensor(of_first))
-        torch.testing.assert_close(token_weights(second, mean, totals), torch.tensor(of_second))
+        torch.testing.assert_close(token_weights(first, mean, totals, max_response_tokens=4), torch.tensor(of_first))
+        torch.testing.assert_close(token_weights(second, mean, totals, max_response_tokens=4), torch.tensor(of_second))
 
 
-@pytest.mark.parametrize("mean", ["token", "pack", "sequence"])
+@pytest.mark.parametrize("mean", ["token", "pack", "sequence", "constant"])
 def test_a_mini_batch_without_loss_tokens_has_zero_weights(mean: LossMean) -> None:
     batch = random_batch([(4, 0)])
-    assert token_weights(batch, mean, loss_totals([batch])).tolist() == [0.0] * 4
+    assert token_weights(batch, mean, loss_totals([batch]), max_response_tokens=8).tolist() == [0.0] * 4

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def run_layout(layout: Layout, path: Path, output: Path, plant: Callable[[], Any
     plant: breaks something in this process, and returns how to mend it.
     """
     from megatron_orz.algorithms.advantages import estimate
+    from megatron_orz.algorithms.gae import gae
     from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
     from megatron_orz.engine.parallel import open_mesh
 
@@ -144,7 +146,11 @@ def run_layout(layout: Layout, path: Path, output: Path, plant: Callable[[], Any
             results["log_probs"], results["values"] = policy.infer(packs), critic.infer(packs)
             rewards = [dataclasses.replace(pack, rewards=pack.returns) for pack in packs]
             estimates, _ = estimate(
-                rewards, results["log_probs"], results["values"], gamma=GAMMA, gae_lambda=GAE_LAMBDA
+                rewards,
+                results["log_probs"],
+                results["values"],
+                results["log_probs"],
+                estimator=partial(gae, gamma=GAMMA, gae_lambda=GAE_LAMBDA),
             )
             results["advantages"] = [pack.advantages for pack in estimates]
             for engine, loss in ((policy, policy_loss), (critic, ClippedValueLoss(CLIP_EPS))):

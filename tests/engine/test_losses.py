@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from megatron_orz.config import CriticConfig, ModelConfig, OptimizerConfig
 from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
 from megatron_orz.engine.parallel import Mesh
 from megatron_orz.types import Experience, LossOutput, Metrics, PolicyOutput
-from tests.engine import tiny
+from tests.engine import layouts, tiny
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, eps=1e-4)
 
@@ -74,3 +75,17 @@ def test_a_loss_that_asks_for_sequences_fails(model_dir: Path, mesh: Mesh) -> No
 
     with pytest.raises(RuntimeError, match="size of tensor"):
         PolicyEngine(ModelConfig(path=model_dir, optimizer=OPTIMIZER), mesh).step(packs(), of_sequences)
+
+
+def test_a_constant_length_weighs_every_token_alike_whatever_the_mini_batch(model_dir: Path, mesh: Mesh) -> None:
+    """The gradients of the mean over tokens, times their number over that of 6 responses of 32 tokens."""
+
+    def train(**options: Any) -> Metrics:
+        model = ModelConfig(path=model_dir, optimizer=OPTIMIZER)
+        return PolicyEngine(model, mesh, **options).step(packs(), layouts.policy_loss)
+
+    token, constant = train(loss_mean="token"), train(loss_mean="constant", max_response_tokens=32)
+    factor = sum(int(pack.loss_mask.sum()) for pack in packs()) / (6 * 32)
+    for name in ("policy/loss", "policy/grad_norm"):
+        assert constant[name] == pytest.approx(factor * token[name], rel=1e-4)
+    assert constant["policy/entropy"] == pytest.approx(token["policy/entropy"], rel=1e-5)

@@ -102,6 +102,7 @@ def experience(prompt: list[int], response: list[int], generator: torch.Generato
         rollout_log_probs=torch.zeros(n),
         old_log_probs=-4 + 0.3 * random(),
         old_values=0.3 * random(),
+        ref_log_probs=torch.zeros(n),
         advantages=random(),
         returns=random(),
     )

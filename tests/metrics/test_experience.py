@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Barrier
 
 import pytest
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from megatron_orz.algorithms.advantages import estimate
+from megatron_orz.algorithms.gae import gae
 from megatron_orz.metrics.experience import experience_metrics
 from megatron_orz.types import Metrics, PackedBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = [[4, 7], [5], [1, 9, 3], [6]]
+
+ESTIMATOR = partial(gae, gamma=1.0, gae_lambda=0.9)
 
 
 class ThreadRanks:
@@ -64,7 +68,7 @@ def metrics_of(shares: Sequence[Sequence[tuple[PackedBatch, Tensor, Tensor]]]) -
 
     def of_rank(rank: int) -> Metrics:
         batches, log_probs, values = zip(*shares[rank], strict=True)
-        experience, moments = estimate(batches, log_probs, values, gamma=1.0, gae_lambda=0.9)
+        experience, moments = estimate(batches, log_probs, values, log_probs, estimator=ESTIMATOR)
         return experience_metrics(experience, moments, ThreadRanks(rank, gathered, barrier))
 
     with ThreadPoolExecutor(len(shares)) as pool:
@@ -79,7 +83,8 @@ def test_metrics_are_those_of_all_response_tokens(num_ranks: int) -> None:
     packs = [pack(lengths, generator) for lengths in LENGTHS]
     metrics = metrics_of([packs[rank::num_ranks] for rank in range(num_ranks)])
 
-    experience, _ = estimate(*zip(*packs, strict=True), gamma=1.0, gae_lambda=0.9)
+    batches, log_probs, values = zip(*packs, strict=True)
+    experience, _ = estimate(batches, log_probs, values, log_probs, estimator=ESTIMATOR)
     mismatch = torch.cat([(e.rollout_log_probs - e.old_log_probs).abs()[e.loss_mask] for e in experience]).double()
     advantages = torch.cat([e.advantages[e.loss_mask] for e in experience]).double()
     returns = torch.cat([e.returns[e.loss_mask] for e in experience]).double()
