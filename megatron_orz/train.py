@@ -11,8 +11,6 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
-from megatron_orz.ahead import OneStepAhead
-from megatron_orz.algorithms.algorithm import Absent
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.manifest import Progress
 from megatron_orz.checkpoint.preemption import Preemption
@@ -20,7 +18,6 @@ from megatron_orz.checkpoint.recipe import recipe_of
 from megatron_orz.checkpoint.run_directory import open_run_directory
 from megatron_orz.checkpoint.step_end import StepEnd
 from megatron_orz.checks import check_models, read_data
-from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
 from megatron_orz.command_line import parse, plain_errors, world_size
 from megatron_orz.compose import compose
 from megatron_orz.config import Config
@@ -32,13 +29,11 @@ from megatron_orz.evaluate import evaluate
 from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
 from megatron_orz.metrics.recorder import RolloutRecorder
 from megatron_orz.ranks import Ranks
-from megatron_orz.resampling import DynamicSampling, Oversampling
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.timeline import TIMELINE_FILE, Timeline
 from megatron_orz.trackers import check_trackers
-from megatron_orz.types import Critic, Fleet, Grader, Policy, Reference, Stateful
 from megatron_orz.watchdog import Watchdog
 
 
@@ -75,10 +70,8 @@ def train(config: Config) -> None:
     check_trackers(config.tracking.trackers)
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
-    from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
+    from megatron_orz.assembly import build_models, in_turns, with_options
     from megatron_orz.engine.parallel import open_mesh
-    from megatron_orz.engine.random_state import RandomState
-    from megatron_orz.engine.reference import ReferenceEngine
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
@@ -117,35 +110,12 @@ def train(config: Config) -> None:
                 log.include(fleet.metrics)
                 if config.fleet.colocated:
                     fleet.sleep()
-            temperature = config.sampling.temperature
-            loss_mean, max_response_tokens = config.ppo.loss_mean, config.sampling.max_response_tokens
-            policy = PolicyEngine(
-                config.policy,
-                mesh,
-                loss_mean=loss_mean,
-                max_response_tokens=max_response_tokens,
-                temperature=temperature,
-            )
-            parts: dict[str, Stateful] = {"policy": policy, "random": RandomState(mesh.rank)}
-            critic: CriticEngine | None = None
-            if config.critic is not None and config.ppo.uses_critic:
-                critic = parts["critic"] = CriticEngine(
-                    config.critic,
-                    mesh,
-                    loss_mean=loss_mean,
-                    max_response_tokens=max_response_tokens,
-                    seed=config.seed,
-                )
-            reference: ReferenceEngine | None = None
-            if config.kl.coefficient > 0:
-                epoch_steps = max(1, len(prompts) // config.ppo.num_prompts)
-                reference = parts["reference"] = ReferenceEngine(
-                    config.kl, config.policy, mesh, policy=policy, temperature=temperature, epoch_steps=epoch_steps
-                )
+            models = build_models(config, mesh, num_prompts=len(prompts))
         reward = config.reward
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = ResponseGrader(verifier, tokenizer, ranks)
         stream = PromptStream(prompts, seed=config.seed, cursor=done.prompt_cursor)
+        parts = models.parts()
         if resumed is not None:
             with log.console.status("loading the checkpoint"):
                 run_directory.store.restore(resumed, parts)
@@ -153,7 +123,7 @@ def train(config: Config) -> None:
             config=config,
             store=run_directory.store,
             parts=parts,
-            policy=policy,
+            policy=models.policy,
             prompts=stream,
             log=log,
             ranks=ranks,
@@ -166,21 +136,13 @@ def train(config: Config) -> None:
             timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
             log.listen(timeline.on_trainer)
         step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline)
-        step_policy: Policy = policy
-        step_critic: Critic = critic or Absent()
-        step_reference: Reference = reference or Absent()
-        if config.fleet.colocated and isinstance(fleet, ServerFleet):
-            turns = Turns(fleet, [model for model in (policy, critic, reference) if model is not None])
-            log.include(turns.metrics)
-            step_fleet = ColocatedFleet(step_fleet, turns)
-            step_policy = ColocatedPolicy(policy, turns)
-            step_critic = ColocatedModel(critic, turns) if critic else step_critic
+        policy, critic, reference, step_fleet = in_turns(config, models, fleet, step_fleet, log)
         ppo.run(
             config,
             algorithm=compose(config),
-            policy=step_policy,
-            critic=step_critic,
-            reference=step_reference,
+            policy=policy,
+            critic=critic,
+            reference=reference,
             fleet=step_fleet,
             grader=step_grader,
             prompts=stream,
@@ -192,46 +154,15 @@ def train(config: Config) -> None:
             on_step_end=step_end,
         )
         with ranks.share_fate("writing the final checkpoint"):
-            weights, final = step_policy.hf_weights(), config.run_dir / "final"
+            weights, final = policy.hf_weights(), config.run_dir / "final"
             export_hf(weights, source=config.policy.path, target=final, is_writer=is_main)
-        if critic is not None and config.critic is not None:
+        if models.critic is not None and config.critic is not None:
             with ranks.share_fate("writing the final critic"):
-                weights, final = critic.hf_weights(), config.run_dir / "final-critic"
+                weights, final = models.critic.hf_weights(), config.run_dir / "final-critic"
                 export_hf(weights, source=config.critic.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
             run_directory.mark_finished()
-
-
-def with_options(
-    config: Config,
-    fleet: Fleet,
-    grader: Grader,
-    prompts: PromptStream,
-    log: RunLog,
-    timeline: Timeline | None,
-) -> tuple[Fleet, Grader]:
-    """The fleet and the grader of the training steps, with the options of `resampling` and `ahead`."""
-    step_fleet, step_grader = fleet, grader
-    if config.ppo.oversampling and isinstance(fleet, ServerFleet):
-        step_fleet = oversampling = Oversampling(fleet, prompts, share=config.ppo.oversampling)
-        log.include(oversampling.metrics)
-    if config.ppo.max_staleness and isinstance(fleet, ServerFleet):
-        last_seed = ppo.rollout_seed(config.seed, config.ppo.num_steps - 1)
-        on_span = timeline.on_servers if timeline is not None else None
-        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed, on_span=on_span)
-        log.include(ahead.metrics)
-    if config.ppo.max_resampling_rounds:
-        step_grader = dynamic = DynamicSampling(
-            grader,
-            step_fleet,
-            prompts,
-            num_responses=config.ppo.num_responses,
-            max_rounds=config.ppo.max_resampling_rounds,
-            seed=config.seed,
-        )
-        log.include(dynamic.metrics)
-    return step_fleet, step_grader
 
 
 def summarise(config: Config, log: RunLog) -> None:
