@@ -212,10 +212,12 @@ def _make_up_rewards(*, as_fractions: bool) -> None:
 def _kill_verifier(count: int) -> None:
     from megatron_orz.rewards.math_answer import _Worker
 
-    compare, calls = _Worker.compare, itertools.count(1)
+    compare, calls, is_done = _Worker.compare, itertools.count(1), False
 
     def after_a_kill(self: Any, answer: str, reference: str) -> bool | None:
-        if self._process is not None and next(calls) == count:
+        nonlocal is_done
+        if not is_done and next(calls) >= count and self._process is not None:
+            is_done = True
             print("verifier process killed", flush=True)
             self._process.kill()
             self._process.wait()
