@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,8 @@ def test_it_runs_and_its_metrics_are_sane(name: str, options: list[str], tmp_pat
     base = Path(os.environ.get(BASE_VARIABLE, ROOT / "runs" / "demo-base"))
     if not (base / "final").exists():
         pytest.skip(f"run examples/demo_base.py first, or name its output in {BASE_VARIABLE}")
+    # Where the demo looks for it; else it would train one.
+    shutil.copytree(base, tmp_path / "runs" / "demo-base")
     place = tmp_path / "run"
     arguments = {
         "--run-dir": place,
