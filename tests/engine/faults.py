@@ -40,14 +40,14 @@ def wrong_shift() -> Mend:
 
 def gae_across_boundaries() -> Mend:
     """A pack's advantages flow from each sequence into the one before it."""
-    from megatron_orz.algorithms import advantages
+    from megatron_orz.algorithms import gae
 
     def join(original: Any) -> Any:
         return lambda rewards, values, cu_seqlens, loss_mask, **kwargs: original(
             rewards, values, cu_seqlens[[0, -1]].contiguous(), loss_mask, **kwargs
         )
 
-    return _swap(advantages, "packed_gae", join)
+    return _swap(gae, "packed_gae", join)
 
 
 def attention_across_boundaries() -> Mend:
