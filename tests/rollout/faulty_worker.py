@@ -47,7 +47,7 @@ def _finish_and_flip(engine: vllm_worker.BucketWeightTransferEngine, module: str
     if not hasattr(layer, "cpu_linear"):
         layer.weight.data.view(torch.int32).view(-1)[-1] ^= 1
         return
-    columns = held_columns(layer, "weight", engine.model.config.hidden_size)
+    columns = held_columns(layer, "weight", layer.input_size_per_partition)
     weight = torch.cat([some for _, some in columns], dim=1).contiguous()
     weight.view(torch.int32)[5, 7] ^= 1
     layer.cpu_linear = lambda x, _, bias: torch.nn.functional.linear(x, weight, bias)
