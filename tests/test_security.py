@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import free_port
+from megatron_orz.rollout.servers import free_port
 
 ROOT = Path(__file__).parents[1]
 

@@ -29,10 +29,10 @@ from megatron_orz.config import to_json
 from megatron_orz.conversion.convert import plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 from megatron_orz.logs import read_metrics
+from megatron_orz.rollout.servers import free_port
 from megatron_orz.types import Metrics
 from tests.conversion.checkpoints import assert_same_tensors
 from tests.engine import tiny
-from tests.launch import free_port
 
 DEADLINE_S = 180
 

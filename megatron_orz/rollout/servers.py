@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import tempfile
 import time
@@ -15,6 +16,9 @@ from typing import Self
 import httpx
 
 from megatron_orz.rollout.process import SupervisedProcess
+
+PORTS = range(15000, 32000)
+"""Below those of outgoing connections, which begin at 32768."""
 
 MODEL_NAME = "policy"
 """What requests call the model, whatever its directory."""
@@ -142,7 +146,15 @@ def visible_gpus(gpus: Sequence[int], *, visible: str | None) -> str:
 
 
 def free_port() -> int:
-    """A port of 127.0.0.1 that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 that nobody listens on at the moment.
+
+    It is none of those that the system gives to outgoing connections, which might take it before it is bound.
+    """
+    for port in random.SystemRandom().sample(PORTS, 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"no free port was found from {PORTS.start} to {PORTS.stop - 1}; set fleet.port")

@@ -28,8 +28,8 @@ import torch.distributed as dist
 
 from megatron_orz import watchdog
 from megatron_orz.command_line import plain_errors
+from megatron_orz.rollout.servers import free_port
 from megatron_orz.watchdog import Watchdog
-from tests.launch import free_port
 
 HANG_TIMEOUT_S = 10.0
 GRACE_S = 4.0

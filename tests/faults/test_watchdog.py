@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from megatron_orz.command_line import HUNG, RANK_LOST, USER_ERROR
+from megatron_orz.rollout.servers import free_port
 from megatron_orz.watchdog import STACKS
 from tests.faults import ranks
-from tests.launch import free_port
 
 ROOT = Path(__file__).parents[2]
 

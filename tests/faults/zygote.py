@@ -129,7 +129,7 @@ def main() -> None:
 
 
 def _fork_and_wait(request: dict[str, Any]) -> dict[str, Any]:
-    from tests.launch import free_port
+    from megatron_orz.rollout.servers import free_port
 
     place, plan, world_size = Path(request["place"]), Plan(**request["plan"]), request["world_size"]
     place.mkdir(parents=True, exist_ok=True)
