@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from megatron_orz.logs import read_metrics
 from megatron_orz.rollout.servers import free_port
 from megatron_orz.types import Metrics
 from tests.conversion.checkpoints import assert_same_tensors
+from tests.disks import small_disk
 from tests.engine import tiny
 
 DEADLINE_S = 180
@@ -497,25 +497,12 @@ def test_the_console_shows_a_line_a_step_and_the_comparison(finished: Finished) 
     assert re.search(r"held_out/avg@2 +\d+\.\d % +\d+\.\d % +[+-]\d+\.\d pp", finished.out)
 
 
-@contextmanager
-def disk_of(place: Path, kib: int) -> Iterator[Path]:
-    """A file system of this size; skips the test where mounting one is not allowed."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not allowed here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 @pytest.mark.parametrize("kib", [4, 8, 200])
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], kib: int
 ) -> None:
     """The disk fills with the config, with the first metrics, or with the final checkpoint."""
-    with disk_of(tmp_path / "disk", kib) as disk:
+    with small_disk(tmp_path / "disk", "-o", f"size={kib}k") as disk:
         assert command_line(home, "--run-dir", str(disk / "run"), "--checkpoint.interval", "0") == 2
         said = capfd.readouterr().err
         remedy = "change run_dir" if kib == 200 else "set run_dir to a directory that can be written"
@@ -530,7 +517,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 def test_a_disk_too_small_for_a_second_checkpoint_keeps_the_first(
     home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with disk_of(tmp_path / "disk", 7000) as disk:
+    with small_disk(tmp_path / "disk", "-o", "size=7000k") as disk:
         at_every_step = ("--run-dir", str(disk / "run"), "--checkpoint.interval", "1", "--ppo.num-steps", "3")
         at_every_step += ("--generations.interval", "0", "--checkpoint.no-asynchronous")
         for _ in range(2):
@@ -551,7 +538,7 @@ def test_a_disk_too_small_for_the_curves_keeps_the_checkpoint(
     files = [file for file in finished.run_dir.rglob("*") if file.is_file() and checkpoints not in file.parents]
     pages = sum(-(-file.stat().st_size // 4096) for file in files)
     picture = (finished.run_dir / "curves.png").stat().st_size // 1024
-    with disk_of(tmp_path / "disk", 4 * pages - picture // 2) as disk:
+    with small_disk(tmp_path / "disk", "-o", f"size={4 * pages - picture // 2}k") as disk:
         assert command_line(home, "--run-dir", str(disk / "run"), "--checkpoint.interval", "0") == 2
         said = capfd.readouterr().err
         expected = r"cannot write \S+curves\.png: No space left on device; free some space and run tools/plot\.py \S+"
@@ -563,7 +550,7 @@ def test_a_disk_too_small_for_the_curves_keeps_the_checkpoint(
 
 def test_two_ranks_end_together_when_one_cannot_write(home: Path, tmp_path: Path) -> None:
     """Rank 0 runs out of disk in the midst of the weights, which both ranks have to gather."""
-    with disk_of(tmp_path / "disk", 200) as disk:
+    with small_disk(tmp_path / "disk", "-o", "size=200k") as disk:
         grid = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         arguments = ("--run-dir", str(disk / "run"), "--parallel.tp", "2", "--ppo.num-steps", "1")
         arguments += ("--checkpoint.interval", "0")

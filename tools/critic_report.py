@@ -25,7 +25,7 @@ from rich.text import Text
 
 from megatron_orz.command_line import plain_errors
 from megatron_orz.critic_analysis.contrast import CONFIDENCE, Contrast, contrasts
-from megatron_orz.critic_analysis.page import render_page, show_estimate
+from megatron_orz.critic_analysis.page import contrast_cells, render_page
 from megatron_orz.critic_analysis.values import ValuedResponse, load_critic, value_responses
 from megatron_orz.generations import find_generations, read_generations
 
@@ -124,16 +124,7 @@ def table(compared: Sequence[Contrast]) -> Table:
     for heading in ("repeated", "elsewhere", f"difference [{CONFIDENCE:.0%}]", "matched", "tokens", "elsewhere"):
         rows.add_column(Text(heading), justify="right")
     for contrast in compared:
-        cells = (
-            contrast.name,
-            f"{contrast.repeated:+.4f}",
-            f"{contrast.other:+.4f}",
-            show_estimate(contrast.difference),
-            show_estimate(contrast.matched),
-            f"{contrast.num_repeated:,}",
-            f"{contrast.num_other:,}",
-        )
-        rows.add_row(*map(Text, cells))
+        rows.add_row(*map(Text, contrast_cells(contrast)))
     return rows
 
 

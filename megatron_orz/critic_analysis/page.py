@@ -137,8 +137,9 @@ def _curve(response: ValuedResponse) -> str:
     )
 
 
-def _contrast_row(contrast: Contrast) -> str:
-    cells = (
+def contrast_cells(contrast: Contrast) -> tuple[str, ...]:
+    """A row of the comparison: name, repeated, elsewhere, difference, matched difference, tokens of both."""
+    return (
         contrast.name,
         f"{contrast.repeated:+.4f}",
         f"{contrast.other:+.4f}",
@@ -147,7 +148,10 @@ def _contrast_row(contrast: Contrast) -> str:
         f"{contrast.num_repeated:,}",
         f"{contrast.num_other:,}",
     )
-    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def _contrast_row(contrast: Contrast) -> str:
+    return "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in contrast_cells(contrast)) + "</tr>"
 
 
 def show_estimate(estimate: Estimate) -> str:

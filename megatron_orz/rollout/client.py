@@ -63,6 +63,8 @@ class ServerClient(ABC):
     """
 
     generate_path: str
+    version_path: str
+    """Answers a GET with the `weight_version` that the server was told."""
     progress_metrics: tuple[str, ...]
     """Counters of /metrics that grow whenever the server computes."""
 
@@ -82,9 +84,12 @@ class ServerClient(ABC):
     def answers(self, reply: Any, request: GenerationRequest) -> list[Answer]:
         """What the server's JSON says, siblings in order. KeyError, TypeError and ValueError: it is something else."""
 
-    @abstractmethod
     async def served_version(self, http: httpx.AsyncClient) -> str:
-        """The version of the weights the server holds, as it was told."""
+        """The version that the last update, or `set_version`, gave to the weights."""
+        info = await self.fetch(http, self.version_path)
+        if not isinstance(info, dict) or "weight_version" not in info:
+            raise ServerError(f"{self.url}{self.version_path} answered with something else: {info!r}")
+        return str(info["weight_version"])
 
     @abstractmethod
     def set_version(self, version: int) -> None:

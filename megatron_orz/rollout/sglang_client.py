@@ -17,6 +17,7 @@ class SGLangClient(ServerClient):
     """
 
     generate_path = "/generate"
+    version_path = "/model_info"
     progress_metrics = ("sglang:realtime_tokens_total",)
 
     def body(self, request: GenerationRequest) -> dict[str, Any]:
@@ -59,13 +60,6 @@ class SGLangClient(ServerClient):
             )
             for sibling in siblings
         ]
-
-    async def served_version(self, http: httpx.AsyncClient) -> str:
-        """The version that the last update, or `set_version`, gave to the weights."""
-        info = await self.fetch(http, "/model_info")
-        if not isinstance(info, dict) or "weight_version" not in info:
-            raise ServerError(f"{self.url}/model_info answered with something else: {info!r}")
-        return str(info["weight_version"])
 
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""

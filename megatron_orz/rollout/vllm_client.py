@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient
-from megatron_orz.rollout.servers import MODEL_NAME, ServerError
+from megatron_orz.rollout.servers import MODEL_NAME
 
 
 class VLLMClient(ServerClient):
@@ -17,6 +17,7 @@ class VLLMClient(ServerClient):
     """
 
     generate_path = "/v1/completions"
+    version_path = "/weight_info"
     progress_metrics = ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")
 
     def __init__(self, url: str, *, request_timeout_s: float, model: str = MODEL_NAME) -> None:
@@ -62,13 +63,6 @@ class VLLMClient(ServerClient):
             )
             for choice in choices
         ]
-
-    async def served_version(self, http: httpx.AsyncClient) -> str:
-        """The version that the last update, or `set_version`, gave to the weights."""
-        info = await self.fetch(http, "/weight_info")
-        if not isinstance(info, dict) or "weight_version" not in info:
-            raise ServerError(f"{self.url}/weight_info answered with something else: {info!r}")
-        return str(info["weight_version"])
 
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""

@@ -8,8 +8,7 @@ import os
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from megatron_orz.checkpoint.manifest import DamagedCheckpointError, Manifest, P
 from megatron_orz.checkpoint.store import CheckpointStore, CheckpointWriteError
 from megatron_orz.config import CheckpointConfig
 from megatron_orz.ranks import Ranks
+from tests.disks import small_disk
 from tests.launch import run_ranks
 
 
@@ -204,21 +204,8 @@ def test_leftovers_of_a_killed_run_are_no_checkpoints_and_are_removed(tmp_path: 
     assert names(tmp_path) == {"step-00000001", "latest"}
 
 
-@contextmanager
-def file_system(place: Path, *options: str) -> Iterator[Path]:
-    """A small file system; skips the test where mounting one is not allowed."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", *options, "tmpfs", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system is not allowed here")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
 def test_a_full_disk_is_one_sentence_and_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    with file_system(tmp_path / "disk", "-o", "size=64k") as disk:
+    with small_disk(tmp_path / "disk", "-o", "size=64k") as disk:
         part, store = Part(b""), store_in(disk, keep=1)
         save(store, part, 1)
         part.content = bytes(100_000)
@@ -247,7 +234,7 @@ def test_a_file_system_that_goes_away_is_one_sentence(tmp_path: Path, monkeypatc
 
 
 def test_a_directory_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with file_system(tmp_path / "disk") as disk:
+    with small_disk(tmp_path / "disk") as disk:
         store = store_in(disk)
         save(store, Part(b""), 1)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
