@@ -76,6 +76,7 @@ def _environment(*, on_cuda: bool, cpu_threads: int | None, tp: int = 1) -> dict
     environment = base_environment() | {
         "VLLM_SERVER_DEV_MODE": "1",  # opens the endpoints of weight updates
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MAX_STOP_STRINGS": "1024",  # its limit of 4 is for servers that strangers use
         "VLLM_HOST_IP": "127.0.0.1",  # where its processes meet each other
     }
     if on_cuda:
