@@ -13,7 +13,7 @@ from megatron_orz.checkpoint.recipe import differences, leaves, recipe_of
 from megatron_orz.checkpoint.run_directory import FINISHED_FILE
 from megatron_orz.checks import check_models, read_data
 from megatron_orz.command_line import parse
-from megatron_orz.config import Config
+from megatron_orz.config import Config, DataConfig, EvaluationConfig
 from megatron_orz.json_file import parse_json
 from megatron_orz.logs import METRICS_FILE
 from megatron_orz.trackers import check_trackers
@@ -78,7 +78,7 @@ def make_plan(
     options: of the recipe's command line, for every run; a variant's own come after them. Where the recipe names no
     reference for a penalty, it is the model the policy starts from.
 
-    Raises ValueError for what no run can be made of.
+    Raises ValueError for what no run can be made of; what is wrong with an option itself ends as on any command line.
     """
     if not sets or len(set(sets)) < len(sets):
         raise ValueError(f"--sets {' '.join(sets)} names none, or one twice; choose among {', '.join(SETS)}")
@@ -117,16 +117,19 @@ def make_plan(
 
 def check(plan: Plan, *, num_ranks: int) -> None:
     """Checks models, data and directories of all runs. Raises ValueError, saying of which."""
-    data_seen = set()
+    names_checked: set[str] = set()
+    data_checked: set[tuple[DataConfig, EvaluationConfig]] = set()
     for run in plan.runs:
         config = run.config
         try:
-            config.parallel.check_world_size(num_ranks)
-            check_trackers(config.tracking.trackers)
-            tokenizer = check_models(config)
-            if (data := (config.data, config.evaluation)) not in data_seen:
-                read_data(config, tokenizer)
-                data_seen.add(data)
+            if run.name not in names_checked:  # seeds make no difference
+                config.parallel.check_world_size(num_ranks)
+                check_trackers(config.tracking.trackers)
+                tokenizer = check_models(config)
+                if (data := (config.data, config.evaluation)) not in data_checked:
+                    read_data(config, tokenizer)
+                    data_checked.add(data)
+                names_checked.add(run.name)
             _check_directory(config)
         except ValueError as error:
             raise ValueError(f"{run.name}, seed {run.seed}: {error}") from error
@@ -135,8 +138,8 @@ def check(plan: Plan, *, num_ranks: int) -> None:
 def _parse(base: Config, place: str, options: str) -> Config:
     try:
         return parse(base, shlex.split(options))
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}; leave the set out, or choose another recipe") from error
+    except SystemExit as error:  # what is wrong has been said
+        raise ValueError(f"{place} cannot be made of this recipe; leave the set out, or choose another") from error
 
 
 def _check_directory(config: Config) -> None:
