@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from megatron_orz.ablation.plan import Plan, Run, check, load_recipe, make_plan
-from megatron_orz.ablation.report import as_json, draw, markdown
+from megatron_orz.ablation.pictures import draw
+from megatron_orz.ablation.plan import Plan, Run, check, check_directories, load_recipe, make_plan
+from megatron_orz.ablation.report import as_json, markdown
 from megatron_orz.ablation.results import read_results, read_run
 from megatron_orz.ablation.runs import command, make
 from megatron_orz.ablation.sets import SETS
@@ -81,7 +82,11 @@ def main() -> None:
         recipe = load_recipe(arguments.recipe)
         plan = make_plan(recipe, sets=arguments.sets, seeds=arguments.seeds, output=arguments.output, options=options)
         failures = {} if arguments.draw_only else make_all(plan, arguments)
-        compare(plan, arguments)
+        check_directories(plan)
+        if any(run.is_finished for run in plan.runs):
+            compare(plan, arguments)
+        elif arguments.draw_only:
+            raise ValueError(f"{arguments.output} holds no finished run of these sets; leave --draw-only out")
         if failures:
             raise RuntimeError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
 
@@ -108,22 +113,27 @@ def make_all(plan: Plan, arguments: Arguments) -> dict[str, str]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         all_runs = progress.add_task("runs", total=len(plan.runs))
         for place, run in enumerate(plan.runs, start=1):
-            name = f"{run.name}-seed{run.seed}"
-            if not run.is_finished:
-                steps = progress.add_task(name, total=run.config.ppo.num_steps)
-                reason = make(
-                    run,
-                    command(arguments.recipe, run, num_ranks=arguments.num_ranks),
-                    timeout_s=arguments.run_timeout_s,
-                    on_steps=lambda num_steps, steps=steps: progress.update(steps, completed=num_steps),  # type: ignore[misc]
-                )
-                progress.remove_task(steps)
-                if reason is not None:
-                    failures[name] = reason
-            outcome = f"failed: {failures[name]}" if name in failures else summary(run, plan.score)
-            console.print(f"{place}/{len(plan.runs)} {name}  {escape(outcome)}", soft_wrap=True)
+            reason = None if run.is_finished else make_one(run, arguments, progress)
+            if reason is not None:
+                failures[run.full_name] = reason
+            outcome = summary(run, plan.score) if reason is None else f"failed: {reason}"
+            console.print(f"{place}/{len(plan.runs)} {run.full_name}  {escape(outcome)}", soft_wrap=True)
             progress.advance(all_runs)
     return failures
+
+
+def make_one(run: Run, arguments: Arguments, progress: Progress) -> str | None:
+    """Makes a run, with a bar of its steps. Returns why it failed, and None if it did not."""
+    steps = progress.add_task(run.full_name, total=run.config.ppo.num_steps)
+    try:
+        return make(
+            run,
+            command(arguments.recipe, run, num_ranks=arguments.num_ranks),
+            timeout_s=arguments.run_timeout_s,
+            on_steps=lambda num_steps: progress.update(steps, completed=num_steps),
+        )
+    finally:
+        progress.remove_task(steps)
 
 
 def summary(run: Run, score: str) -> str:
@@ -135,18 +145,14 @@ def summary(run: Run, score: str) -> str:
 def compare(plan: Plan, arguments: Arguments) -> None:
     """Writes tables, JSON and pictures of the finished runs."""
     results = read_results(plan)
-    if missing := [run for run in plan.runs if not run.is_finished]:
-        names = ", ".join(f"{run.name}-seed{run.seed}" for run in missing)
-        print(f"{len(missing)} of {len(plan.runs)} runs are not finished, and left out: {names}", flush=True)
-    if len(missing) == len(plan.runs):
-        raise ValueError(f"{arguments.output} holds no finished run of these sets; leave --draw-only out")
+    if missing := [run.full_name for run in plan.runs if not run.is_finished]:
+        print(f"{len(missing)} of {len(plan.runs)} runs are not finished, and left out: {', '.join(missing)}")
     text = markdown(results)
     (arguments.output / "ablations.md").write_text(text)
     environment = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     write_json(arguments.output / "ablations.json", {"environment": environment, **as_json(plan, results)})
     for name, rows in results.items():
-        if rows:
-            draw(plan, name, rows, arguments.output / f"ablation_{name}.png")
+        draw(plan, name, rows, arguments.output / f"ablation_{name}.png")
     print(text)
     print(f"tables, ablations.json and pictures are in {arguments.output}")
 

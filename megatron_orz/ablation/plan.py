@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import runpy
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -32,6 +33,11 @@ class Run:
     options: tuple[str, ...]
     """What follows the recipe's file on the command line."""
     config: Config
+
+    @property
+    def full_name(self) -> str:
+        """Of this run, which its directory is named after."""
+        return f"{self.name}-seed{self.seed}"
 
     @property
     def metrics_path(self) -> Path:
@@ -106,11 +112,8 @@ def make_plan(
             variants[set_name][variant] = names.setdefault(config, f"{set_name}-{variant}")
         for seed in seeds:
             for variant, name in variants[set_name].items():
-                run_dir = output / f"{name}-seed{seed}"
                 changes = shlex.split(texts[variant]) if name != BASELINE else []
-                own = (*changes, "--seed", str(seed), "--run-dir", str(run_dir))
-                config = replace(given[variant], seed=seed, run_dir=run_dir)
-                runs.setdefault((name, seed), Run(name=name, seed=seed, options=(*common, *own), config=config))
+                runs.setdefault((name, seed), _run(given[variant], name, seed, output, (*common, *changes)))
     score = f"evaluation/{base.evaluation.data[0].stem}/avg@{base.evaluation.num_responses}"
     return Plan(runs=tuple(runs.values()), sets=variants, score=score)
 
@@ -120,19 +123,41 @@ def check(plan: Plan, *, num_ranks: int) -> None:
     names_checked: set[str] = set()
     data_checked: set[tuple[DataConfig, EvaluationConfig]] = set()
     for run in plan.runs:
-        config = run.config
-        try:
-            if run.name not in names_checked:  # seeds make no difference
-                config.parallel.check_world_size(num_ranks)
-                check_trackers(config.tracking.trackers)
-                tokenizer = check_models(config)
-                if (data := (config.data, config.evaluation)) not in data_checked:
-                    read_data(config, tokenizer)
-                    data_checked.add(data)
-                names_checked.add(run.name)
-            _check_directory(config)
-        except ValueError as error:
-            raise ValueError(f"{run.name}, seed {run.seed}: {error}") from error
+        if run.name in names_checked:  # seeds make no difference
+            continue
+        with _told_of(run):
+            run.config.parallel.check_world_size(num_ranks)
+            check_trackers(run.config.tracking.trackers)
+            tokenizer = check_models(run.config)
+            if (data := (run.config.data, run.config.evaluation)) not in data_checked:
+                read_data(run.config, tokenizer)
+                data_checked.add(data)
+        names_checked.add(run.name)
+    check_directories(plan)
+
+
+def check_directories(plan: Plan) -> None:
+    """Raises ValueError when a run's directory holds one of another recipe. More or fewer steps are no difference."""
+    for run in plan.runs:
+        file = run.config.run_dir / "config.json"
+        if not file.exists():
+            continue
+        with _told_of(run):
+            saved = leaves(parse_json(file.read_bytes(), str(file)))
+            if found := differences(recipe_of(run.config, ()), saved):
+                raise ValueError(
+                    f"{file.parent} holds a run of another recipe: {'; '.join(found)}; set --output, or move it away"
+                )
+
+
+def _run(config: Config, name: str, seed: int, output: Path, options: tuple[str, ...]) -> Run:
+    run_dir = output / f"{name}-seed{seed}"
+    return Run(
+        name=name,
+        seed=seed,
+        options=(*options, "--seed", str(seed), "--run-dir", str(run_dir)),
+        config=replace(config, seed=seed, run_dir=run_dir),
+    )
 
 
 def _parse(base: Config, place: str, options: str) -> Config:
@@ -142,13 +167,10 @@ def _parse(base: Config, place: str, options: str) -> Config:
         raise ValueError(f"{place} cannot be made of this recipe; leave the set out, or choose another") from error
 
 
-def _check_directory(config: Config) -> None:
-    """Raises ValueError when the directory holds a run of another recipe."""
-    file = config.run_dir / "config.json"
-    if not file.exists():
-        return
-    saved = leaves(parse_json(file.read_bytes(), str(file)))
-    if found := differences(recipe_of(config, ()), saved):
-        raise ValueError(
-            f"{config.run_dir} holds a run of another recipe: {'; '.join(found)}; set --output, or move it away"
-        )
+@contextlib.contextmanager
+def _told_of(run: Run) -> Iterator[None]:
+    """Begins what is wrong in the body with the run's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{run.full_name}: {error}") from error

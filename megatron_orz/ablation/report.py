@@ -1,23 +1,18 @@
-"""Comparisons as Markdown tables, as JSON and as pictures."""
+"""Comparisons as Markdown tables and as JSON."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-from matplotlib.figure import Figure
 
 from megatron_orz.ablation.plan import Plan
 from megatron_orz.ablation.results import LATE_METRICS, VariantResult
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.ablation.statistics import standard_error
-from megatron_orz.curves import COLORS, PANELS, Panel, draw_panel, style_axes
 from megatron_orz.evaluation.scores import Estimate
-from megatron_orz.logs import read_metrics
 
 HEADINGS = {
     "reward/mean": ("reward", ".3f"),
@@ -26,7 +21,6 @@ HEADINGS = {
     "critic/explained_variance": ("explained", ".2f"),
     "log_prob_mismatch/mean": ("mismatch", ".0e"),
 }
-PANEL_LETTERS = "RLEXM"
 
 
 def markdown(results: Mapping[str, Sequence[VariantResult]]) -> str:
@@ -87,27 +81,3 @@ def _estimate(estimate: Estimate | None) -> dict[str, float | None] | None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def draw(plan: Plan, set_name: str, results: Sequence[VariantResult], picture: Path) -> None:
-    """The held-out score and the telling metrics over the steps: means over seeds, bands of one standard deviation."""
-    score = Panel(title="Held-out score", unit=plan.score.rpartition("/")[2], metric=plan.score)
-    panels = [score, *(PANELS[letter] for letter in PANEL_LETTERS)]
-    figure = Figure(figsize=(14, 7.5), dpi=100, layout="constrained")
-    figure.suptitle(SETS[set_name].question, fontsize=12)
-    axes = figure.subplots(2, 3).flat
-    for panel_axes, panel in zip(axes, panels, strict=True):
-        style_axes(panel_axes, panel)
-        for i, result in enumerate(results):
-            seeds = {run.seed for run in result.runs}
-            runs = [read_metrics(run.metrics_path) for run in plan.of(result.run_name) if run.seed in seeds]
-            draw_panel(panel_axes, runs, panel, color=COLORS[i % len(COLORS)], label=_label(result))
-        if panel.lowest is not None and panel_axes.get_ylim()[0] < panel.lowest:
-            panel_axes.set_ylim(bottom=panel.lowest)
-        if panel is score and results:
-            panel_axes.legend(loc="best", frameon=False, fontsize=9)
-    figure.savefig(picture)
-
-
-def _label(result: VariantResult) -> str:
-    return f"{result.variant} ({len(result.runs)} seeds)" if len(result.runs) > 1 else result.variant

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from megatron_orz.ablation.plan import Plan, Run
+from megatron_orz.ablation.plan import BASELINE, Plan, Run
 from megatron_orz.ablation.statistics import paired_difference
 from megatron_orz.evaluation.scores import Estimate
 from megatron_orz.logs import read_metrics
@@ -85,17 +85,19 @@ def read_run(run: Run, score: str) -> RunResult:
 
 
 def read_results(plan: Plan) -> dict[str, list[VariantResult]]:
-    """Set -> results of its variants, the baseline first. Runs that are not finished are passed over."""
+    """Set -> results of its variants, the baseline first. Passes over what has no finished run."""
     runs: dict[str, list[RunResult]] = {}
     for run in plan.runs:
         if run.is_finished:
             runs.setdefault(run.name, []).append(read_run(run, plan.score))
     results = {}
     for set_name, variants in plan.sets.items():
-        baseline = {run.seed: run.last_score for run in runs.get(next(iter(variants.values())), [])}
+        if runs.keys().isdisjoint(variants.values()):
+            continue
+        baseline = {run.seed: run.last_score for run in runs.get(BASELINE, [])}
         results[set_name] = [
-            _result(variant, name, runs[name], baseline=None if place == 0 else baseline)
-            for place, (variant, name) in enumerate(variants.items())
+            _result(variant, name, runs[name], baseline=None if name == BASELINE else baseline)
+            for variant, name in variants.items()
             if name in runs
         ]
     return results

@@ -28,7 +28,7 @@ def command(recipe: Path, run: Run, *, num_ranks: int) -> list[str]:
 
 def log_path(run: Run) -> Path:
     """What the run prints: beside its directory, which may be set aside."""
-    return run.config.run_dir.with_suffix(f"{run.config.run_dir.suffix}.log")
+    return run.config.run_dir.with_name(f"{run.config.run_dir.name}.log")
 
 
 def make(run: Run, arguments: Sequence[str], *, timeout_s: float, on_steps: Callable[[int], None]) -> str | None:

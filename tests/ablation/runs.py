@@ -23,9 +23,9 @@ def write_run(run: Run, rows: Sequence[Metrics], *, is_finished: bool = True) ->
         (run.config.run_dir / FINISHED_FILE).write_text(f"{num_steps}\n")
 
 
-def rows_of(run: Run, scores: tuple[float, float]) -> list[Metrics]:
+def rows_of(run: Run, scores: tuple[float, float], *, score: str = "evaluation/held_out/avg@4") -> list[Metrics]:
     """A reward that rises by 0.1 from 0 on, and held-out scores of the first and the last policy."""
     num_steps = run.config.ppo.num_steps
     rows = [{"reward/mean": 0.1 * step, "policy/entropy": 2.0, "time/generate_s": 1.5} for step in range(num_steps)]
-    rows[0]["evaluation/held_out/avg@4"] = scores[0]
-    return [*rows, {"evaluation/held_out/avg@4": scores[1], "time/evaluate_s": 2.0}]
+    rows[0][score] = scores[0]
+    return [*rows, {score: scores[1], "time/evaluate_s": 2.0}]

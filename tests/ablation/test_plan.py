@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megatron_orz.ablation.plan import Run, check, load_recipe, make_plan
+from megatron_orz.ablation.plan import check, load_recipe, make_plan
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.config import Config, EvaluationConfig, to_json
 
 DEMO = load_recipe(Path("examples/demo.py"))
 
 
-def names(runs: list[Run] | tuple[Run, ...]) -> list[str]:
-    return [f"{run.name}-seed{run.seed}" for run in runs]
-
-
 def test_sets_share_the_baseline_and_run_it_once(tmp_path: Path) -> None:
     plan = make_plan(DEMO, sets=["gae-lambda", "kl"], seeds=[0, 4], output=tmp_path, options=[])
-    assert names(tuple(plan.runs)) == [
+    names = [run.full_name for run in plan.runs]
+    assert names == [
         "baseline-seed0",
         "gae-lambda-0.95-seed0",
         "baseline-seed4",
@@ -30,7 +27,7 @@ def test_sets_share_the_baseline_and_run_it_once(tmp_path: Path) -> None:
         "kl-loss-seed4",
         "kl-penalty-seed4",
     ]
-    assert [run.config.run_dir for run in plan.runs] == [tmp_path / name for name in names(tuple(plan.runs))]
+    assert [run.config.run_dir for run in plan.runs] == [tmp_path / name for name in names]
     assert plan.sets["kl"] == {"none": "baseline", "loss": "kl-loss", "penalty": "kl-penalty"}
     assert plan.score == "evaluation/held_out/avg@4"
 
@@ -97,7 +94,7 @@ def test_models_data_and_layout_are_checked_before_the_first_run(home: Path, tmp
         with pytest.raises((ValueError, OSError), match=sentence):
             check(make_plan(wrong, sets=["kl"], seeds=[0], output=tmp_path, options=[]), num_ranks=1)
     plan = make_plan(recipe, sets=["kl"], seeds=[0], output=tmp_path, options=["--parallel.tp", "2"])
-    with pytest.raises(ValueError, match=r"baseline, seed 0: world size 1 is not a multiple of tp\*pp\*cp"):
+    with pytest.raises(ValueError, match=r"baseline-seed0: world size 1 is not a multiple of tp\*pp\*cp"):
         check(plan, num_ranks=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -112,7 +109,7 @@ def test_a_directory_of_another_recipe_is_refused_and_one_of_fewer_steps_goes_on
     check(plan, num_ranks=1)
     other = replace(run.config, kl=replace(run.config.kl, coefficient=0.5))
     (run.config.run_dir / "config.json").write_text(to_json(other))
-    with pytest.raises(ValueError, match=r"kl-loss, seed 0: .*of another recipe: kl\.coefficient is 0\.05, was 0\.5"):
+    with pytest.raises(ValueError, match=r"kl-loss-seed0: .*of another recipe: kl\.coefficient is 0\.05, was 0\.5"):
         check(plan, num_ranks=1)
     (run.config.run_dir / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):

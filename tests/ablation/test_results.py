@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from megatron_orz.ablation.pictures import draw
 from megatron_orz.ablation.plan import Plan, load_recipe, make_plan
-from megatron_orz.ablation.report import as_json, draw, markdown
+from megatron_orz.ablation.report import as_json, markdown
 from megatron_orz.ablation.results import read_results, read_run
 from tests.ablation.runs import rows_of, write_run
 

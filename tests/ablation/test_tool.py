@@ -13,7 +13,9 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
+from megatron_orz.ablation.plan import load_recipe, make_plan
 from megatron_orz.logs import read_metrics
+from tests.ablation.runs import rows_of, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,8 +41,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--steps", "0"], "ppo.num_steps 0 is not at least 1"),
         (["--seeds", "0", "0"], "--seeds 0 0 names none, or one twice"),
         (["--sets", "kl", "--draw-only"], "holds no finished run of these sets; leave --draw-only out"),
-        (["--sets", "kl", "--", "--policy.path", "nowhere"], "baseline, seed 0: nowhere"),
-        (["--sets", "kl", "--", "--kl.reference", "nowhere"], "kl-loss, seed 0: nowhere"),
+        (["--sets", "kl", "--", "--policy.path", "nowhere"], "baseline-seed0: nowhere"),
+        (["--sets", "kl", "--", "--kl.reference", "nowhere"], "kl-loss-seed0: nowhere"),
     ],
 )
 def test_what_a_user_can_mend_is_said_before_any_run(
@@ -62,6 +64,21 @@ def test_what_a_user_can_mend_is_said_before_any_run(
 def test_the_sets_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert in_process(monkeypatch, "--list") == 0
     assert "    penalty      --kl.coefficient 0.05 --kl.estimator k1 --kl.place reward\n" in capsys.readouterr().out
+
+
+def test_finished_runs_are_drawn_and_those_of_another_recipe_refused(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = home / "recipe.py"
+    given = ["--recipe", str(recipe), "--sets", "gae-lambda", "--seeds", "0", "--output", str(tmp_path), "--draw-only"]
+    plan = make_plan(load_recipe(recipe), sets=["gae-lambda"], seeds=[0], output=tmp_path, options=[])
+    for run in plan.runs:
+        write_run(run, rows_of(run, (0.25, 0.5), score=plan.score))
+    assert in_process(monkeypatch, *given) == 0
+    assert "| 0.95 | 1 | 25.0 | 50.0 | +25.0 | +0.0 |" in capsys.readouterr().out
+    assert (tmp_path / "ablation_gae-lambda.png").stat().st_size > 10_000
+    assert in_process(monkeypatch, *given, "--", "--ppo.clip-eps", "0.3") == 2
+    assert "holds a run of another recipe: ppo.clip_eps is 0.3, was 0.2; set --output" in capsys.readouterr().err
 
 
 def ablate(home: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -89,10 +106,10 @@ def test_variants_are_trained_once_gone_on_with_and_compared(home: Path, tmp_pat
     assert "1/2 baseline-seed0  held out" in done.stdout
     assert "1 of 2 runs are not finished, and left out: gae-lambda-0.95-seed0" in done.stdout
 
-    log = baseline.with_suffix(".log").read_text()
+    log = (tmp_path / "baseline-seed0.log").read_text()
     done = ablate(home, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert baseline.with_suffix(".log").read_text() == log, "a finished run was started again"
+    assert (tmp_path / "baseline-seed0.log").read_text() == log, "a finished run was started again"
     config = json.loads((variant / "config.json").read_text())
     assert (config["ppo"]["gae_lambda"], config["ppo"]["num_steps"]) == (0.95, 2)
     first, last = (read_metrics(variant / "metrics.jsonl")[row]["evaluation/held_out/avg@2"] for row in (0, -1))
@@ -107,5 +124,5 @@ def test_variants_are_trained_once_gone_on_with_and_compared(home: Path, tmp_pat
     done = ablate(home, tmp_path, "--steps", "3")
     assert done.returncode == 0
     for run_dir in (baseline, variant):
-        assert "going on from the checkpoint after 2 steps" in run_dir.with_suffix(".log").read_text()
+        assert "going on from the checkpoint after 2 steps" in (tmp_path / f"{run_dir.name}.log").read_text()
         assert [row["step"] for row in read_metrics(run_dir / "metrics.jsonl")] == [0, 1, 2, 3]
