@@ -94,7 +94,7 @@ def read_data(
                 f"evaluation.data holds two files named {path.stem}, as their metrics would be; rename one"
             )
         held_out[path.stem], _ = load([path], max_prompts=config.evaluation.max_prompts)
-    prompts, report = load(data.train)
+    prompts, report = load(data.train, max_prompts=data.max_prompts)
     if rank() == 0:
         print(f"training data: {report}", file=sys.stderr if config.dry_run else sys.stdout, flush=True)
     return prompts, held_out

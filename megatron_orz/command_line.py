@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import tyro
@@ -25,13 +25,16 @@ CHOICES_OF_DEFAULTS = (tyro.conf.AvoidSubcommands,)
 Values = TypeVar("Values")
 
 
-def parse(defaults: Values) -> Values:
+def parse(defaults: Values, arguments: Sequence[str] | None = None) -> Values:
     """A dataclass with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks.
 
+    arguments: the command line; by default that of this process.
     Of a field that may be one of several dataclasses, or None, the defaults say which it is.
     """
     with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(type(defaults), default=defaults, console_outputs=rank() == 0, config=CHOICES_OF_DEFAULTS)
+        return tyro.cli(
+            type(defaults), args=arguments, default=defaults, console_outputs=rank() == 0, config=CHOICES_OF_DEFAULTS
+        )
 
 
 class RunEnded(RuntimeError):

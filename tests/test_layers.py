@@ -36,6 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"types", "config", "ops", "algorithms.losses", "json_file"},
     "rollout": {"types", "config", "ranks"},
     "evaluation": {"types", "config", "data", "rewards"},
+    "ablation": {
+        *("types", "config", "command_line", "json_file", "checks", "trackers"),
+        *("checkpoint.recipe", "checkpoint.run_directory.FINISHED_FILE", "logs", "curves", "evaluation.scores"),
+    },
     "resampling": {"types", "data"},
     "colocation": {"types"},
     "ahead": {"types", "data"},

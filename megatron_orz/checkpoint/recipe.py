@@ -36,11 +36,16 @@ def recipe_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.prompt_id, prompt.token_ids, prompt.answer)).encode())
-    return dict(_leaves("", json.loads(to_json(config)))) | {"data.content": digest.hexdigest()[:16]}
+    return leaves(json.loads(to_json(config))) | {"data.content": digest.hexdigest()[:16]}
+
+
+def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of a config.json by its dotted name."""
+    return dict(_leaves("", config))
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return [(prefix, value)]
     return [leaf for name, inner in value.items() for leaf in _leaves(f"{prefix}.{name}".lstrip("."), inner)]
 
