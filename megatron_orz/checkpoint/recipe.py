@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_orz.config import Config, to_json
+from megatron_orz.config import RunConfig, to_json
 from megatron_orz.types import Prompt
 
 FREE = (
@@ -27,11 +27,15 @@ FREE = (
     "policy.optimizer.distributed",
     "critic.recompute",
     "critic.optimizer.distributed",
+    "model.recompute",
+    "model.optimizer.distributed",
+    "data.held_out",
+    "held_out_interval",
 )
 """Fields, and groups of fields, with which a run may go on changed."""
 
 
-def recipe_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def recipe_of(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Every field by its dotted name, as JSON knows it, and a digest of the training prompts as `data.content`."""
     digest = hashlib.sha256()
     for prompt in prompts:
