@@ -29,7 +29,7 @@ def draw(plan: Plan, set_name: str, results: Sequence[VariantResult], picture: P
     """
     score = Panel(title="Held-out score", unit=plan.score.rpartition("/")[2], metric=plan.score)
     panels = (score, PANELS["R"], LENGTH, PANELS["E"], PANELS["X"], MISMATCH)
-    figure = Figure(figsize=(14, 7.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(13, 6.8), dpi=80, layout="constrained")
     figure.suptitle(SETS[set_name].question, fontsize=12)
     axes = list(figure.subplots(2, 3).flat)
     for panel_axes, panel in zip(axes, panels, strict=True):
