@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "colocation": {"types"},
     "ahead": {"types", "data"},
     "timeline": set(),
+    "simulation": {"types", "data.packing", "generations", "json_file", "logs"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.prompts"},
