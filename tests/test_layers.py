@@ -44,6 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "colocation": {"types"},
     "ahead": {"types", "data"},
     "timeline": set(),
+    "simulation": {"types", "data.packing", "generations", "json_file", "logs"},
+    "doctor": {"command_line", "config", "ops", "rollout"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},
     "checkpoint": {"types", "config", "ranks", "logs", "data.stream"},
