@@ -72,6 +72,7 @@ def train(config: Config) -> None:
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.assembly import build_models, in_turns, with_options
     from megatron_orz.engine.parallel import open_mesh
+    from megatron_orz.performance import PerformanceMeter, RecordRollouts
 
     with contextlib.ExitStack() as stack:
         watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
@@ -130,6 +131,12 @@ def train(config: Config) -> None:
             preemption=preemption,
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
+        record_rollouts: RecordRollouts = recorder.record
+        if is_main:
+            meter = PerformanceMeter(config, world_size=mesh.world_size, device=mesh.device)
+            log.listen(meter.on_span)
+            log.include(meter.metrics)
+            record_rollouts = meter.observing(record_rollouts)
         num_responses = config.evaluation.num_responses
         timeline = None
         if is_main and config.ppo.max_staleness:
@@ -147,7 +154,7 @@ def train(config: Config) -> None:
             grader=step_grader,
             prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
-            record_rollouts=recorder.record,
+            record_rollouts=record_rollouts,
             ranks=mesh,
             log=log,
             num_done=done.step,
