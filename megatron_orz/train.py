@@ -67,6 +67,7 @@ def train(config: Config) -> None:
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.assembly import build_models, in_turns, model_paths, with_options
+    from megatron_orz.performance import PerformanceMeter, RecordRollouts
     from megatron_orz.start import start_run
 
     with contextlib.ExitStack() as stack:
@@ -107,6 +108,12 @@ def train(config: Config) -> None:
             preemption=run.preemption,
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
+        record_rollouts: RecordRollouts = recorder.record
+        if is_main:
+            meter = PerformanceMeter(config, world_size=mesh.world_size, device=mesh.device)
+            log.listen(meter.on_span)
+            log.include(meter.metrics)
+            record_rollouts = meter.observing(record_rollouts)
         num_responses = config.evaluation.num_responses
         timeline = None
         if is_main and config.ppo.max_staleness:
@@ -124,7 +131,7 @@ def train(config: Config) -> None:
             grader=step_grader,
             prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
-            record_rollouts=recorder.record,
+            record_rollouts=record_rollouts,
             ranks=mesh,
             log=log,
             num_done=run.done.step,

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "conversion": {"types", "config", "engine", "checkpoint", "json_file"},
     "compose": {"types", "config", "algorithms"},
     "debug": {"config"},
+    "performance": {"types", "config", "engine"},
     "checks": {"types", "config", "command_line", "data", "engine"},
     "dry_run": {"config", "command_line", "checks", "engine"},
     "assembly": {EVERYTHING},

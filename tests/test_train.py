@@ -323,7 +323,11 @@ def finished(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 def without_times(run_dir: Path) -> list[Metrics]:
     return [
-        {name: value for name, value in row.items() if not name.startswith("time/") and name != "tokens_per_s"}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time/", "perf/")) and name != "tokens_per_s"
+        }
         for row in read_metrics(run_dir / "metrics.jsonl")
     ]
 
@@ -460,7 +464,10 @@ def assert_same_bits(first: Path, second: Path) -> None:
     assert weights[0] == weights[1]
     rows = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
     measured = [
-        [{name: x for name, x in row.items() if not name.startswith(("time/", "tokens_per_s"))} for row in of_run]
+        [
+            {name: x for name, x in row.items() if not name.startswith(("time/", "perf/", "tokens_per_s"))}
+            for row in of_run
+        ]
         for of_run in rows
     ]
     assert len(measured[0]) == 3

@@ -2,6 +2,8 @@
 
 python tools/benchmark.py train
 python tools/benchmark.py train --only policy --num-sequences 16 --max-response-tokens 256
+python tools/benchmark.py end-to-end
+python tools/benchmark.py end-to-end --only equal --contenders megatron_orz TRL
 python tools/benchmark.py kernels
 python tools/benchmark.py kernels --only token-loss gae --shape 512,64,4096
 python tools/benchmark.py sync
@@ -14,9 +16,9 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from megatron_orz.benchmark import kernels, sync, train
+from megatron_orz.benchmark import end_to_end, kernels, sync, train
 
-SUBJECTS: dict[str, Any] = {"train": train, "kernels": kernels, "sync": sync}
+SUBJECTS: dict[str, Any] = {"train": train, "end-to-end": end_to_end, "kernels": kernels, "sync": sync}
 WIDTH = 140
 """Columns of what goes into a file."""
 
