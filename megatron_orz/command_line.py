@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -31,7 +32,24 @@ def parse(defaults: Values) -> Values:
     Of a field that may be one of several dataclasses, or None, the defaults say which it is.
     """
     with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(type(defaults), default=defaults, console_outputs=rank() == 0, config=CHOICES_OF_DEFAULTS)
+        return tyro.cli(
+            type(defaults),
+            default=defaults,
+            description=_description(),
+            console_outputs=rank() == 0,
+            config=CHOICES_OF_DEFAULTS,
+        )
+
+
+def read_command(commands: Any) -> Any:
+    """The command line of a tool as the dataclass given, or as one of a union of them, which are its subcommands."""
+    return tyro.cli(commands, description=_description())
+
+
+def _description() -> str | None:
+    """How help begins: with the docstring of the program, which holds examples, each on a line of its own."""
+    docstring = sys.modules["__main__"].__doc__
+    return docstring and re.sub(r"\n+ *(?=(python|torchrun|sh) )", "\n\n", docstring)
 
 
 class RunEnded(RuntimeError):

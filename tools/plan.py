@@ -177,7 +177,7 @@ def print_table(shown: list[Plan], chosen: Plan | None, console: Console) -> Non
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, description=__doc__)
     try:
         architecture = read_architecture(arguments.model)
     except ValueError as error:
