@@ -12,6 +12,7 @@ TORCH_LIBRARY(megatron_orz, m) {
   m.def(megatron_orz::kDlogits);
   m.def(megatron_orz::kPackedValueLoss);
   m.def(megatron_orz::kLongestPreviousFactor);
+  m.def(megatron_orz::kSlotAttention);
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -67,4 +67,15 @@ inline constexpr char kPackedValueLoss[] =
 inline constexpr char kLongestPreviousFactor[] =
     "longest_previous_factor(Tensor tokens, Tensor cu_seqlens) -> Tensor lpf";
 
+// Attention of one new token per row over keys and values that lie in slots of a cache. With K, V the first lengths_b
+// of slot slots_b, of which a window w > 0 sees the last w alone, and kv the head that query head h shares:
+//
+//   out_bh = softmax(scale q_bh . K_kv) V_kv
+//
+// query: [B, heads, d]; keys, values: [S, kv_heads, C, d], contiguous, of its type; slots, lengths: [B] int64, every
+// length at least 1. float32 or float64. On the CPU alone. Not differentiable.
+inline constexpr char kSlotAttention[] =
+    "slot_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor lengths, float scale, int window)"
+    " -> Tensor out";
+
 }  // namespace megatron_orz

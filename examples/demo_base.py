@@ -6,6 +6,7 @@ Writes a Hugging Face checkpoint (runs/demo-base/final) and the problems (runs/d
 the same files. `examples/demo.py` runs it when they are missing.
 """
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,15 +15,15 @@ from safetensors import SafetensorError
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from megatron_orz.command_line import parse, plain_errors
-from megatron_orz.config import ModelConfig, OptimizerConfig
+from megatron_orz.config import CheckpointConfig, ConversationConfig, ModelConfig, OptimizerConfig, SupervisedConfig
 from megatron_orz.data.synthetic import (
     ArithmeticTask,
     build_tokenizer,
-    make_demonstrations,
     make_problems,
+    write_conversations,
     write_problems,
 )
-from megatron_orz.supervised import SupervisedConfig, train_supervised
+from megatron_orz.supervised import train_supervised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +32,8 @@ class DemoBase:
 
     output: Path = Path("runs/demo-base")
     seed: int = 0
-    num_steps: int = 800
-    num_sequences: int = 64
+    num_epochs: float = 2.56
+    num_conversations: int = 64
     lr: float = 2e-3
     num_train: int = 20000
     num_held_out: int = 128
@@ -48,12 +49,16 @@ class DemoBase:
 def main(base: DemoBase) -> None:
     """Trains and writes the base model."""
     config = SupervisedConfig(
-        run_dir=base.output,
+        run_dir=base.output / "training",
         model=ModelConfig(path=base.output / "untrained", optimizer=OptimizerConfig(lr=base.lr, warmup_steps=50)),
-        num_steps=base.num_steps,
-        num_sequences=base.num_sequences,
-        max_pack_tokens=4096,
+        data=ConversationConfig(
+            train=(base.output / "conversations.jsonl",), template="short", max_tokens=256, max_pack_tokens=4096
+        ),
+        num_epochs=base.num_epochs,
+        num_conversations=base.num_conversations,
+        checkpoint=CheckpointConfig(interval=0),
         seed=base.seed,
+        fresh=True,
     )
     torch.manual_seed(base.seed)
     tokenizer = build_tokenizer()
@@ -78,10 +83,13 @@ def main(base: DemoBase) -> None:
         tokenizer.save_pretrained(config.model.path)
         write_problems(base.output / "train.jsonl", train)
         write_problems(base.output / "held_out.jsonl", held_out)
+        write_conversations(base.output / "conversations.jsonl", train, base.task, seed=base.seed)
     except (OSError, SafetensorError) as error:
         raise RuntimeError(f"cannot write to {base.output}: {error}; free some space or change --output") from error
     print(f"training a base model of {model.num_parameters() / 1e6:.1f} M parameters", flush=True)
-    train_supervised(config, make_demonstrations(train, tokenizer, base.task, seed=base.seed))
+    train_supervised(config)
+    shutil.rmtree(base.output / "final", ignore_errors=True)
+    (config.run_dir / "final").rename(base.output / "final")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_orz import ppo
 from megatron_orz.ahead import OneStepAhead
@@ -57,6 +58,12 @@ def build_models(config: Config, mesh: Mesh, *, num_prompts: int) -> Models:
             config.kl, config.policy, mesh, policy=policy, temperature=temperature, epoch_steps=epoch_steps
         )
     return Models(policy=policy, critic=critic, reference=reference)
+
+
+def model_paths(config: Config) -> dict[str, Path]:
+    """Where each model of a run starts from, by name; those that the algorithm does not build among them."""
+    paths = {"policy": config.policy.path, "critic": config.critic and config.critic.path}
+    return {name: path for name, path in (paths | {"reference": config.kl.reference}).items() if path is not None}
 
 
 def with_options(

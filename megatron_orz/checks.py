@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_orz.command_line import rank, world_size
-from megatron_orz.config import Config
+from megatron_orz.config import Config, SupervisedConfig
 from megatron_orz.data.prompts import check_vocabulary, load_prompts
 from megatron_orz.engine.architecture import Architecture, read_architecture
 from megatron_orz.engine.budget import check_colocated
@@ -62,6 +62,25 @@ def _check_model(config: Config, path: Path) -> PreTrainedTokenizerBase:
     # The servers of the fleet start from the policy's checkpoint, and know this form alone.
     if not any(path.glob("*.safetensors")) and (path == config.policy.path or not is_torch_dist(path)):
         raise ValueError(f"{path} holds no .safetensors file; save the checkpoint as safetensors")
+    return load_tokenizer(path, architecture)
+
+
+def check_supervised(config: SupervisedConfig) -> PreTrainedTokenizerBase:
+    """Checks the model of a supervised run and its tokenizer, and returns the tokenizer. Raises ValueError."""
+    path, max_tokens = config.model.path, config.data.max_tokens
+    architecture = read_architecture(path)
+    architecture.check_layout(config.parallel)
+    if max_tokens - 1 > architecture.max_position:
+        raise ValueError(
+            f"data.max_tokens {max_tokens} exceeds the {architecture.max_position} positions of {path}; lower it"
+        )
+    if not any(path.glob("*.safetensors")) and not is_torch_dist(path):
+        raise ValueError(f"{path} holds no weights; save the checkpoint as safetensors, or convert it")
+    return load_tokenizer(path, architecture)
+
+
+def load_tokenizer(path: Path, architecture: Architecture) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint. Raises ValueError where there is none, or one of another model."""
     remedy = "copy the tokenizer's files of the same model there"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -94,7 +113,7 @@ def read_data(
                 f"evaluation.data holds two files named {path.stem}, as their metrics would be; rename one"
             )
         held_out[path.stem], _ = load([path], max_prompts=config.evaluation.max_prompts)
-    prompts, report = load(data.train)
+    prompts, report = load(data.train, max_prompts=data.max_prompts)
     if rank() == 0:
         print(f"training data: {report}", file=sys.stderr if config.dry_run else sys.stdout, flush=True)
     return prompts, held_out

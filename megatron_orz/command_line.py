@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -26,14 +26,16 @@ CHOICES_OF_DEFAULTS = (tyro.conf.AvoidSubcommands,)
 Values = TypeVar("Values")
 
 
-def parse(defaults: Values) -> Values:
+def parse(defaults: Values, arguments: Sequence[str] | None = None) -> Values:
     """A dataclass with the command line's changes. Of all ranks, which read the same one, rank 0 alone speaks.
 
+    arguments: the command line; by default that of this process.
     Of a field that may be one of several dataclasses, or None, the defaults say which it is.
     """
     with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
         return tyro.cli(
             type(defaults),
+            args=arguments,
             default=defaults,
             description=_description(),
             console_outputs=rank() == 0,
@@ -41,9 +43,14 @@ def parse(defaults: Values) -> Values:
         )
 
 
-def read_command(commands: Any) -> Any:
-    """The command line of a tool as the dataclass given, or as one of a union of them, which are its subcommands."""
-    return tyro.cli(commands, description=_description())
+def read_command(commands: Any, arguments: Sequence[str] | None = None) -> Any:
+    """The command line of a tool as the dataclass given, or as one of several: a mapping or a union of subcommands.
+
+    arguments: the command line; by default that of this process.
+    """
+    if isinstance(commands, Mapping):
+        return tyro.extras.subcommand_cli_from_dict(dict(commands), args=arguments, description=_description())
+    return tyro.cli(commands, args=arguments, description=_description())
 
 
 def _description() -> str | None:

@@ -112,14 +112,14 @@ def draw_curves(metrics_paths: Path | Sequence[Path], picture: Path) -> None:
     figure = Figure(figsize=(17, 12.5), dpi=100, layout="constrained")
     axes = figure.subplot_mosaic(LAYOUT)
     for letter, panel in PANELS.items():
-        _style(axes[letter], panel)
+        style_axes(axes[letter], panel)
     groups = group_seeds(paths)
     for i, (name, members) in enumerate(groups.items()):
         runs = [read_metrics(path) for path in members]
         color = COLORS[i % len(COLORS)]
         label = "training" if len(paths) == 1 else f"{name} ({len(runs)} seeds)" if len(runs) > 1 else name
         for letter, panel in PANELS.items():
-            _draw_panel(axes[letter], runs, panel, color=color, label=label)
+            draw_panel(axes[letter], runs, panel, color=color, label=label)
         _draw_held_out(axes["R"], runs, color=color)
     for letter, panel in PANELS.items():
         if panel.lowest is not None and axes[letter].get_ylim()[0] < panel.lowest:
@@ -152,7 +152,8 @@ def mean_over_runs(runs: Sequence[Run], metric: str) -> tuple[list[float], list[
     return steps, [fmean(values[step]) for step in steps], deviations
 
 
-def _draw_panel(axes: Axes, runs: Sequence[Run], panel: Panel, *, color: str, label: str) -> None:
+def draw_panel(axes: Axes, runs: Sequence[Run], panel: Panel, *, color: str, label: str) -> None:
+    """Draws the runs of one group, as their mean and a band of one deviation. `style_axes` comes first."""
     if panel.faint is not None:
         steps, means, _ = mean_over_runs(runs, panel.faint)
         axes.plot(steps, means, color=color, alpha=0.3, linewidth=1)
@@ -189,7 +190,8 @@ def _draw_held_out(axes: Axes, runs: Sequence[Run], *, color: str) -> None:
         )
 
 
-def _style(axes: Axes, panel: Panel) -> None:
+def style_axes(axes: Axes, panel: Panel) -> None:
+    """Titles, ticks and grid of a panel."""
     axes.set_title(panel.title, fontsize=11, loc="left")
     axes.set_ylabel(panel.unit, fontsize=9)
     axes.set_xlabel("step", fontsize=9)

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_orz.alerts import Alerts
-from megatron_orz.config import Config, to_json
+from megatron_orz.config import RunConfig, to_json
 from megatron_orz.json_file import parse_json
 from megatron_orz.log_files import EventFile, LineFile
 from megatron_orz.trackers import Trackers
@@ -37,6 +37,7 @@ from megatron_orz.types import Metrics
 METRICS_FILE = "metrics.jsonl"
 
 CONSOLE_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("supervised/loss", "loss", lambda x: f"{x:.4f} nat"),
     ("reward/mean", "reward", lambda x: f"{x:.3f}"),
     ("response/length_mean", "length", lambda x: f"{x:5.0f} tok"),
     ("response/format_share", "format", lambda x: f"{100 * x:3.0f} %"),
@@ -114,7 +115,7 @@ class RunLog:
                 self._alerts = Alerts(read_metrics(run_dir / METRICS_FILE))
                 self._tensorboard = EventFile(run_dir / "tensorboard", goes_on_at.step if goes_on_at else None)
 
-    def write_config(self, config: Config) -> None:
+    def write_config(self, config: RunConfig) -> None:
         """Writes config.json, whole or not at all."""
         if not self._is_main:
             return
@@ -127,7 +128,7 @@ class RunLog:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def start_trackers(self, config: Config) -> None:
+    def start_trackers(self, config: RunConfig) -> None:
         """Hands every later record to the trackers that the config names, too.
 
         Raises RuntimeError when one does not start.

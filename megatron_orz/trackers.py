@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_orz.config import Config, Tracker, to_json
+from megatron_orz.config import RunConfig, Tracker, to_json
 
 
 def check_trackers(trackers: Sequence[Tracker]) -> None:
@@ -23,7 +23,7 @@ def check_trackers(trackers: Sequence[Tracker]) -> None:
 class Trackers:
     """Every tracker that a config names, as one."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: RunConfig) -> None:
         """Starts them. Raises RuntimeError when one does not, such as for want of a login."""
         self._modules: list[Any] = []
         for tracker in config.tracking.trackers:

@@ -12,29 +12,25 @@ from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
 from megatron_orz.checkpoint.hf_export import export_hf
-from megatron_orz.checkpoint.manifest import Progress
-from megatron_orz.checkpoint.preemption import Preemption
 from megatron_orz.checkpoint.recipe import recipe_of
-from megatron_orz.checkpoint.run_directory import open_run_directory
 from megatron_orz.checkpoint.step_end import StepEnd
 from megatron_orz.checks import check_models, read_data
-from megatron_orz.command_line import parse, plain_errors, world_size
+from megatron_orz.command_line import parse, plain_errors, rank, world_size
 from megatron_orz.compose import compose
 from megatron_orz.config import Config
 from megatron_orz.curves import draw_curves
+from megatron_orz.data.chat_template import chat_template
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.debug import scaled_down
 from megatron_orz.dry_run import dry_run
 from megatron_orz.evaluate import evaluate
-from megatron_orz.logs import METRICS_FILE, LogPosition, RunLog, read_metrics
+from megatron_orz.logs import METRICS_FILE, RunLog, read_metrics
 from megatron_orz.metrics.recorder import RolloutRecorder
-from megatron_orz.ranks import Ranks
 from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.timeline import TIMELINE_FILE, Timeline
 from megatron_orz.trackers import check_trackers
-from megatron_orz.watchdog import Watchdog
 
 
 def main(recipe: Config, *, prepare: Callable[[], None] | None = None, published_models: Path | None = None) -> None:
@@ -70,38 +66,17 @@ def train(config: Config) -> None:
     check_trackers(config.tracking.trackers)
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
-    from megatron_orz.assembly import build_models, in_turns, with_options
-    from megatron_orz.engine.parallel import open_mesh
+    from megatron_orz.assembly import build_models, in_turns, model_paths, with_options
+    from megatron_orz.start import start_run
 
     with contextlib.ExitStack() as stack:
-        watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
-        mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed, deterministic=config.deterministic))
-        stack.enter_context(watchdog.watching_peers())
-        ranks = stack.enter_context(contextlib.closing(Ranks()))
-        is_main = mesh.rank == 0
-        say = partial(print, flush=True)
-        run_directory = stack.enter_context(open_run_directory(config, recipe_of(config, prompts), ranks, say))
-        if run_directory.is_finished:
-            if is_main:
-                say(f"{config.run_dir} holds this run, finished; raise ppo.num_steps or begin anew with --fresh")
+        recipe, num_steps = recipe_of(config, prompts), config.ppo.num_steps
+        run = start_run(stack, config, recipe, num_steps=num_steps, deterministic=config.deterministic)
+        if run is None:
+            if rank() == 0:
+                print(f"{config.run_dir} holds this run, finished; raise ppo.num_steps or begin anew with --fresh")
             return
-        resumed = run_directory.resumed
-        if resumed is not None and is_main:
-            say(f"going on from the checkpoint after {resumed.progress.step} steps")
-        done = resumed.progress if resumed else Progress(step=0, prompt_cursor=0, metrics_bytes=0)
-        with ranks.share_fate("opening the log"):
-            log = stack.enter_context(
-                RunLog(
-                    config.run_dir,
-                    num_steps=config.ppo.num_steps,
-                    is_main=is_main,
-                    goes_on_at=LogPosition(done.step, done.metrics_bytes),
-                    on_progress=watchdog.progress,
-                )
-            )
-            log.write_config(config)
-            log.start_trackers(config)
-        preemption = stack.enter_context(Preemption(ranks, grace_s=config.checkpoint.grace_s, say=say))
+        mesh, ranks, log, is_main = run.mesh, run.ranks, run.log, run.is_main
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(
                 open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir)
@@ -114,20 +89,22 @@ def train(config: Config) -> None:
         reward = config.reward
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = ResponseGrader(verifier, tokenizer, ranks)
-        stream = PromptStream(prompts, seed=config.seed, cursor=done.prompt_cursor)
+        stream = PromptStream(prompts, seed=config.seed, cursor=run.done.prompt_cursor)
         parts = models.parts()
-        if resumed is not None:
-            with log.console.status("loading the checkpoint"):
-                run_directory.store.restore(resumed, parts)
+        run.restore(parts)
+        template = chat_template(config.data.template)
         step_end = StepEnd(
             config=config,
-            store=run_directory.store,
+            num_steps=num_steps,
+            store=run.directory.store,
             parts=parts,
+            sources=model_paths(config),
             policy=models.policy,
-            prompts=stream,
+            chat_template=template,
+            stream=stream,
             log=log,
             ranks=ranks,
-            preemption=preemption,
+            preemption=run.preemption,
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
         num_responses = config.evaluation.num_responses
@@ -150,19 +127,19 @@ def train(config: Config) -> None:
             record_rollouts=recorder.record,
             ranks=mesh,
             log=log,
-            num_done=done.step,
+            num_done=run.done.step,
             on_step_end=step_end,
         )
         with ranks.share_fate("writing the final checkpoint"):
             weights, final = policy.hf_weights(), config.run_dir / "final"
-            export_hf(weights, source=config.policy.path, target=final, is_writer=is_main)
+            export_hf(weights, source=config.policy.path, target=final, is_writer=is_main, chat_template=template)
         if models.critic is not None and config.critic is not None:
             with ranks.share_fate("writing the final critic"):
                 weights, final = models.critic.hf_weights(), config.run_dir / "final-critic"
                 export_hf(weights, source=config.critic.path, target=final, is_writer=is_main)
         if is_main:
             summarise(config, log)
-            run_directory.mark_finished()
+            run.directory.mark_finished()
 
 
 def summarise(config: Config, log: RunLog) -> None:

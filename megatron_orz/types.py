@@ -54,6 +54,15 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Demonstration:
+    """One conversation to learn from, already rendered and tokenised."""
+
+    token_ids: list[int]
+    loss_mask: list[bool]
+    """True for a token to be learnt, which the first cannot be: nothing comes before it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Grade:
     """The verdict of a verifier on one response."""
 
@@ -190,6 +199,8 @@ AdvantageKind: TypeAlias = Literal["gae", "group_normalised", "group_centred", "
 """Where advantages come from: a critic, or the rewards of a prompt's other responses (`group_advantages.py`)."""
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 """How the divergence from a reference is estimated: `algorithms/kl.py`."""
+LearnedTokens: TypeAlias = Literal["responses", "all"]
+"""What supervised training learns of a conversation: the responses alone, or every token."""
 
 
 Loss = TypeVar("Loss", contravariant=True)
@@ -207,12 +218,16 @@ class Trainable(Protocol[Loss]):
         ...
 
 
-class Policy(Trainable[PolicyLoss], Protocol):
-    """The language model. `infer` gives the log-probabilities of the targets."""
+class Exportable(Protocol):
+    """A model whose weights can leave it."""
 
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names. Every rank must exhaust the iterator."""
         ...
+
+
+class Policy(Trainable[PolicyLoss], Exportable, Protocol):
+    """The language model. `infer` gives the log-probabilities of the targets."""
 
 
 class Critic(Trainable[ValueLoss], Protocol):

@@ -29,12 +29,12 @@ from megatron_orz.config import (
     PPOConfig,
     SamplingConfig,
 )
-from megatron_orz.data.packing import pack_sequences
+from megatron_orz.data.packing import pack_demonstrations
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog, read_metrics
 from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.metrics.traits import traits_of
-from megatron_orz.types import Grade, Metrics, NamedWeights, Prompt, Rollout
+from megatron_orz.types import Demonstration, Grade, Metrics, NamedWeights, Prompt, Rollout
 from tests.engine import tiny
 from tests.launch import run_ranks
 
@@ -45,7 +45,7 @@ NUM_STEPS = 2
 RELATIVE_TOLERANCE = 1e-4
 # For what is 0 by definition: the KL divergence and the clipped share of a ratio of 1, the mean whitened advantage.
 ZERO_TOLERANCE = 1e-6
-PROBE = ([3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9])
+PROBE = Demonstration(token_ids=[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9], loss_mask=[False] * 5 + [True] * 10)
 
 
 class ReplayFleet:
@@ -116,7 +116,7 @@ def run_layout(model: Path, run_dir: Path, parallel: ParallelConfig) -> None:
         )
         for number in range(8)
     ]
-    probe = pack_sequences([PROBE], max_pack_tokens=80)
+    probe = pack_demonstrations([PROBE], max_pack_tokens=80)
     with open_mesh(parallel, seed=0) as mesh:
         policy = PolicyEngine(config.policy, mesh)
         assert config.critic is not None

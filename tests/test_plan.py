@@ -70,8 +70,8 @@ def test_a_whole_replica_is_counted_by_hand(model: Path, architecture: Architect
 
 
 def test_what_cannot_fit_is_said(model: Path) -> None:
-    command = [sys.executable, "tools/plan.py", str(model), "--gpus", "1"]
+    command = [sys.executable, "tools/plan.py", "layout", str(model), "--gpus", "1"]
     root = Path(__file__).parent.parent
     done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "no layout fits 80 GiB; the smallest, dp 1, recompute full, needs" in done.stderr
+    assert done.returncode == 2
+    assert "error: no layout fits 80 GiB; the smallest, dp 1, recompute full, needs" in done.stderr

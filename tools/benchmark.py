@@ -1,5 +1,7 @@
 """Benchmarks.
 
+python tools/benchmark.py train
+python tools/benchmark.py train --only policy --num-sequences 16 --max-response-tokens 256
 python tools/benchmark.py kernels
 python tools/benchmark.py kernels --only token-loss gae --shape 512,64,4096
 python tools/benchmark.py sync
@@ -7,21 +9,25 @@ python tools/benchmark.py sync --model 0.5b --dtype bfloat16 --transport ipc glo
 """
 
 import sys
+from typing import Any
 
 import tyro
+from rich.console import Console
 
-from megatron_orz.benchmark import kernels, sync
+from megatron_orz.benchmark import kernels, sync, train
+
+SUBJECTS: dict[str, Any] = {"train": train, "kernels": kernels, "sync": sync}
+WIDTH = 140
+"""Columns of what goes into a file."""
 
 
 def main() -> None:
+    commands = {name: module.Arguments for name, module in SUBJECTS.items()}
     try:
-        arguments: kernels.Arguments | sync.Arguments = tyro.extras.subcommand_cli_from_dict(
-            {"kernels": kernels.Arguments, "sync": sync.Arguments}, description=__doc__
-        )
-        if isinstance(arguments, kernels.Arguments):
-            kernels.run(arguments)
-        else:
-            sync.run(arguments)
+        arguments: Any = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+        (module,) = (module for module in SUBJECTS.values() if isinstance(arguments, module.Arguments))
+        console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+        module.run(arguments, console)
     except ValueError as error:
         sys.exit(str(error))
 

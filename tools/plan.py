@@ -1,14 +1,16 @@
-"""Suggests a layout for PPO on a model: what each GPU would hold, and why.
+"""Plans a run: what each GPU would hold, and how long a step would take.
 
-python tools/plan.py path/to/Qwen2.5-7B --gpus 8
-python tools/plan.py path/to/Qwen2.5-32B --gpus 16 --gpu-gib 80 --max-pack-tokens 32768
+python tools/plan.py layout path/to/Qwen2.5-7B --gpus 8
+python tools/plan.py layout path/to/Qwen2.5-32B --gpus 16 --gpu-gib 80 --max-pack-tokens 32768
+python tools/plan.py simulate orz-7b-h800 --gpus 64
+python tools/plan.py simulate runs/demo --gpus 2 8 64 --output runs/demo-plan
+python tools/plan.py simulate runs/demo --against runs/other
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +21,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, ParallelConfig, Recompute
 from megatron_orz.engine.architecture import Architecture, read_architecture
 from megatron_orz.engine.memory import BYTES, ModelMemory, fullest_stage, kv_cache_bytes, num_parameters
+from megatron_orz.simulation import command as simulation
 
 GIB = 2**30
 USABLE_SHARE = 0.9
@@ -176,27 +180,33 @@ def print_table(shown: list[Plan], chosen: Plan | None, console: Console) -> Non
     console.print(table)
 
 
-def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
-    try:
-        architecture = read_architecture(arguments.model)
-    except ValueError as error:
-        sys.exit(str(error))
+def suggest_layout(arguments: Arguments) -> None:
+    """Prints the layouts around the cheapest that fits, and why it is that one. Raises ValueError where none fits."""
+    architecture = read_architecture(arguments.model)
     candidates = plans(architecture, arguments)
     if not candidates:
-        sys.exit(f"the model cannot be laid out on {arguments.gpus} GPUs; choose a number with more divisors")
+        raise ValueError(f"the model cannot be laid out on {arguments.gpus} GPUs; choose a number with more divisors")
     chosen = suggest(candidates, arguments)
     console = Console()
     last = candidates.index(chosen) if chosen else len(candidates) - 1
     print_table(candidates[max(0, last - 3) : last + 4], chosen, console)
     if chosen is None:
         smallest = min(candidates, key=lambda plan: plan.training)
-        sys.exit(
+        raise ValueError(
             f"no layout fits {arguments.gpu_gib:g} GiB; the smallest, {smallest.describe()}, needs "
             f"{smallest.training / GIB:.1f} GiB: add GPUs or lower max_pack_tokens"
         )
     for line in reasons(chosen, candidates, architecture, arguments):
         console.print(f"- {line}")
+
+
+def main() -> None:
+    with plain_errors():
+        arguments = read_command({"layout": Arguments, "simulate": simulation.Arguments})
+        if isinstance(arguments, Arguments):
+            suggest_layout(arguments)
+        else:
+            simulation.run(arguments)
 
 
 if __name__ == "__main__":

@@ -12,16 +12,21 @@ Run = Callable[[], Any]
 
 
 def interleaved_times(
-    runs: Mapping[str, Run], device: torch.device, *, num_repeats: int, on_run: Run = lambda: None
+    runs: Mapping[str, Run],
+    device: torch.device,
+    *,
+    num_repeats: int,
+    on_run: Run = lambda: None,
+    is_warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of `num_repeats` runs of each function, after one run that does not count.
 
     The functions take turns, each round starting with another one, so that a machine that slows down for a while slows
-    all of them down. `on_run` is called after every run.
+    all of them down. `on_run` is called after every run. is_warm: every function has run already; no run is left out.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(num_repeats + 1):
+    for turn in range(int(is_warm), num_repeats + 1):
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
             seconds = _seconds(runs[name], device)
@@ -53,6 +58,11 @@ def peak_extra_bytes(run: Run, device: torch.device, *, forget: Run = lambda: No
     """
     run()
     forget()
+    return peak_bytes_of_warm(run, device)
+
+
+def peak_bytes_of_warm(run: Run, device: torch.device) -> int:
+    """`peak_extra_bytes` of a function that has run before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -20,6 +20,7 @@ from megatron_orz.types import NamedWeights
 
 MAX_SHARD_BYTES = 5 * 10**9
 INDEX_FILE = "model.safetensors.index.json"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_AND_CONFIG = (".json", ".jinja", ".model", ".txt")
 """Suffixes of what goes with the weights; whatever else a checkpoint holds may be its old weights in another format."""
 ABOUT_WEIGHTS = ("metadata.json", "conversion.json")
@@ -46,10 +47,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def export_hf(weights: NamedWeights, *, source: Path, target: Path, is_writer: bool) -> None:
+def export_hf(
+    weights: NamedWeights, *, source: Path, target: Path, is_writer: bool, chat_template: str | None = None
+) -> None:
     """Writes the weights as safetensors beside the config and tokenizer of `source`; whole or not at all.
 
     A critic, whose weights name a `score.weight`, becomes a token classifier with one label.
+    chat_template: Jinja text that replaces the tokenizer's, if it has one.
     Collective: every rank consumes `weights`, one of them writes. Raises RuntimeError when the disk does not take it.
     """
     try:
@@ -57,6 +61,8 @@ def export_hf(weights: NamedWeights, *, source: Path, target: Path, is_writer: b
             if is_writer:
                 with atomic_directory(target) as directory:
                     copy_companions(source, directory)
+                    if chat_template is not None:
+                        write_chat_template(directory, chat_template)
                     dtype, names = _write_shards(_with_score_bias(weights), directory)
                     write_config(directory / "config.json", dtype, value_head="score.weight" in names)
     except (OSError, SafetensorError) as error:
@@ -71,6 +77,17 @@ def copy_companions(source: Path, directory: Path) -> None:
         is_about_weights = file.name.endswith(".index.json") or file.name in ABOUT_WEIGHTS
         if file.is_file() and file.suffix in TOKENIZER_AND_CONFIG and not is_about_weights:
             shutil.copy(file, directory / file.name)
+
+
+def write_chat_template(directory: Path, chat_template: str) -> None:
+    """Gives the tokenizer of a checkpoint its chat template, in whichever place it had another one before."""
+    config_file = directory / "tokenizer_config.json"
+    if config_file.exists():
+        config = json.loads(config_file.read_text())
+        if config.pop("chat_template", None) is not None:
+            config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (directory / "chat_template.json").unlink(missing_ok=True)
+    (directory / CHAT_TEMPLATE_FILE).write_text(chat_template)
 
 
 def write_config(config_file: Path, dtype: torch.dtype, *, value_head: bool) -> None:

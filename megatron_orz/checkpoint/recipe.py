@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_orz.config import Config, to_json
+from megatron_orz.config import RunConfig, to_json
 from megatron_orz.types import Prompt
 
 FREE = (
@@ -27,20 +27,29 @@ FREE = (
     "policy.optimizer.distributed",
     "critic.recompute",
     "critic.optimizer.distributed",
+    "model.recompute",
+    "model.optimizer.distributed",
+    "data.held_out",
+    "held_out_interval",
 )
 """Fields, and groups of fields, with which a run may go on changed."""
 
 
-def recipe_of(config: Config, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def recipe_of(config: RunConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Every field by its dotted name, as JSON knows it, and a digest of the training prompts as `data.content`."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.prompt_id, prompt.token_ids, prompt.answer)).encode())
-    return dict(_leaves("", json.loads(to_json(config)))) | {"data.content": digest.hexdigest()[:16]}
+    return leaves(json.loads(to_json(config))) | {"data.content": digest.hexdigest()[:16]}
+
+
+def leaves(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field of a config.json by its dotted name."""
+    return dict(_leaves("", config))
 
 
 def _leaves(prefix: str, value: Any) -> list[tuple[str, Any]]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return [(prefix, value)]
     return [leaf for name, inner in value.items() for leaf in _leaves(f"{prefix}.{name}".lstrip("."), inner)]
 

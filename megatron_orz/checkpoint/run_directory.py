@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from megatron_orz.checkpoint.manifest import Manifest
 from megatron_orz.checkpoint.recipe import differences
 from megatron_orz.checkpoint.store import CheckpointStore
-from megatron_orz.config import Config
+from megatron_orz.config import RunConfig
 from megatron_orz.logs import METRICS_FILE, set_aside, writing
 from megatron_orz.ranks import Ranks
 
@@ -51,12 +51,12 @@ class RunDirectory:
 
 @contextlib.contextmanager
 def open_run_directory(
-    config: Config, recipe: Mapping[str, Any], ranks: Ranks, say: Callable[[str], None]
+    config: RunConfig, recipe: Mapping[str, Any], ranks: Ranks, say: Callable[[str], None], *, num_steps: int
 ) -> Iterator[RunDirectory]:
     """Locks `config.run_dir` for this run and finds its last sound checkpoint. Collective.
 
     What a run without a checkpoint left there is set aside; so is everything with `config.fresh`.
-    recipe: `recipe_of` the config.
+    recipe: `recipe_of` the config. num_steps: of the whole run.
     say: is told on rank 0 what was found.
 
     Raises ValueError when a live run uses the directory, its checkpoints are of another recipe, or all damaged.
@@ -72,10 +72,10 @@ def open_run_directory(
         resumed = store.newest_sound(say)
         with ranks.share_fate("preparing the run directory"):
             if resumed is not None:
-                _check_recipe(config, recipe, resumed)
+                _check_recipe(config, recipe, resumed, num_steps)
             elif ranks.rank == 0 and _holds_rows(run_dir):
                 _begin_anew(run_dir, stack, say)
-        yield RunDirectory(path=run_dir, num_steps=config.ppo.num_steps, store=store, resumed=resumed)
+        yield RunDirectory(path=run_dir, num_steps=num_steps, store=store, resumed=resumed)
 
 
 def _lock(run_dir: Path) -> contextlib.AbstractContextManager[object]:
@@ -99,11 +99,11 @@ def _holds_rows(run_dir: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def _check_recipe(config: Config, recipe: Mapping[str, Any], resumed: Manifest) -> None:
-    if (num_done := resumed.progress.step) > config.ppo.num_steps:
+def _check_recipe(config: RunConfig, recipe: Mapping[str, Any], resumed: Manifest, num_steps: int) -> None:
+    if (num_done := resumed.progress.step) > num_steps:
         raise ValueError(
-            f"{config.run_dir} holds a run of {num_done} steps, more than ppo.num_steps {config.ppo.num_steps}; raise "
-            "it, set run_dir, or begin anew with --fresh"
+            f"{config.run_dir} holds a run of {num_done} steps, more than ppo.num_steps {num_steps}; raise it, set "
+            "run_dir, or begin anew with --fresh"
         )
     if found := differences(recipe, resumed.recipe):
         raise ValueError(

@@ -5,12 +5,15 @@ A recipe in `examples/` builds one complete `Config`; tyro lets the command line
 `ParallelConfig.check_world_size` and by the engine, before any model is built.
 """
 
+from typing import TypeAlias
+
 from megatron_orz.config.algorithm import KLConfig, KLPlace, PPOConfig, Refresh, SamplingConfig
 from megatron_orz.config.data import DataConfig, EvaluationConfig, RewardConfig
 from megatron_orz.config.fleet import FleetConfig, FleetKind, TransportKind, Verification
 from megatron_orz.config.models import (
     CriticConfig,
     DType,
+    LRDecay,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -19,10 +22,15 @@ from megatron_orz.config.models import (
 )
 from megatron_orz.config.outputs import CheckpointConfig, GenerationsConfig, Tracker, TrackingConfig
 from megatron_orz.config.run import Config, to_json
+from megatron_orz.config.supervised import ConversationConfig, SupervisedConfig
+
+RunConfig: TypeAlias = Config | SupervisedConfig
+"""Either kind of run."""
 
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "ConversationConfig",
     "CriticConfig",
     "DType",
     "DataConfig",
@@ -32,6 +40,7 @@ __all__ = [
     "GenerationsConfig",
     "KLConfig",
     "KLPlace",
+    "LRDecay",
     "ModelConfig",
     "OptimizerConfig",
     "PPOConfig",
@@ -39,7 +48,9 @@ __all__ = [
     "Recompute",
     "Refresh",
     "RewardConfig",
+    "RunConfig",
     "SamplingConfig",
+    "SupervisedConfig",
     "Tracker",
     "TrackingConfig",
     "TransportKind",

@@ -22,10 +22,16 @@ class DataConfig:
     """Longer prompts are dropped and counted."""
     max_pack_tokens: int = 16384
     """Token budget of a pack, which is also the micro-batch."""
+    max_prompts: int | None = None
+    """Use only the first prompts of each file."""
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train names no file; give at least one prompt file")
         require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens {self.max_prompt_tokens} < 1")
+        require(
+            self.max_prompts is None or self.max_prompts >= 1,
+            f"data.max_prompts {self.max_prompts} < 1; leave it out for all prompts",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,16 +11,22 @@ from megatron_orz.config.checks import require
 DType: TypeAlias = Literal["float32", "bfloat16"]
 Recompute: TypeAlias = Literal["none", "selective", "full"]
 ValueHeadInit: TypeAlias = Literal["normal", "uniform"]
+LRDecay: TypeAlias = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then a constant rate."""
+    """AdamW with linear warm-up, then a constant rate or one that falls."""
 
     lr: float
     """Peak learning rate."""
     warmup_steps: int = 0
     """Optimizer steps over which the rate rises linearly from 0 to `lr`."""
+    decay: LRDecay = "constant"
+    """After the warm-up the rate stays, or falls to `min_lr` along a line or half a cosine."""
+    decay_steps: int | None = None
+    """The optimizer step at which the rate reaches `min_lr`, where it stays; a supervised run takes its last."""
+    min_lr: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
@@ -34,6 +40,17 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, f"lr {self.lr} is not positive")
         require(self.warmup_steps >= 0, f"warmup_steps {self.warmup_steps} is negative; 0 means none")
+        require(
+            self.decay != "constant" or (self.decay_steps is None and self.min_lr == 0),
+            f"decay constant never reaches min_lr {self.min_lr:g} at decay_steps {self.decay_steps}; set decay to "
+            "linear or cosine, or leave them out",
+        )
+        require(
+            self.decay_steps is None or self.decay_steps > self.warmup_steps,
+            f"decay_steps {self.decay_steps} is not above warmup_steps {self.warmup_steps}, where the decay begins; "
+            "raise it",
+        )
+        require(0 <= self.min_lr <= self.lr, f"min_lr {self.min_lr:g} is outside [0, lr], and lr is {self.lr:g}")
         require(self.clip_grad >= 0, f"clip_grad {self.clip_grad} is negative; 0 turns clipping off")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             require(0 <= beta < 1, f"{name} {beta} is outside [0, 1)")

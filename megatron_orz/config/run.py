@@ -101,6 +101,12 @@ class Config:
                 f"hang_timeout_s {self.hang_timeout_s:g} is not above {name} {deadline_s:g}, whose end says more of "
                 "what hangs; raise hang_timeout_s",
             )
+        for name, model in (("policy", self.policy), ("critic", self.critic)):
+            require(
+                model is None or model.optimizer.decay == "constant" or model.optimizer.decay_steps is not None,
+                f"{name}.optimizer.decay needs {name}.optimizer.decay_steps: a run may be made longer, and its "
+                "learning rate must not depend on that; set it, or leave the rate constant",
+            )
         num_rollouts = self.ppo.num_prompts * self.ppo.num_responses
         num_updates = max(self.ppo.num_updates(step=self.ppo.num_steps))
         require(

@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from megatron_orz.types import PackedBatch, Rollout
+from megatron_orz.types import Demonstration, PackedBatch, Rollout
 
 Item = TypeVar("Item")
 Pack = list[int]
@@ -63,6 +63,7 @@ def pack(
         _Sequence(
             prompt_ids=rollout.prompt.token_ids,
             response_ids=rollout.response_ids,
+            loss_mask=True,
             reward=reward,
             log_probs=rollout.rollout_log_probs,
         )
@@ -71,8 +72,8 @@ def pack(
     return _pack(sequences, max_pack_tokens, dp_size, dp_rank, min_packs, pad_multiple, seed)
 
 
-def pack_sequences(
-    sequences: Iterable[tuple[list[int], list[int]]],
+def pack_demonstrations(
+    demonstrations: Iterable[Demonstration],
     *,
     max_pack_tokens: int,
     dp_size: int = 1,
@@ -81,8 +82,15 @@ def pack_sequences(
     pad_multiple: int = 1,
     seed: int = 0,
 ) -> list[PackedBatch]:
-    """`pack` for supervised training: (prompt_ids, target_ids) pairs, the loss on the targets alone."""
-    examples = [_Sequence(prompt_ids=prompt, response_ids=target) for prompt, target in sequences]
+    """`pack` for supervised training: the first token of a demonstration is its prompt."""
+    examples = [
+        _Sequence(
+            prompt_ids=demonstration.token_ids[:1],
+            response_ids=demonstration.token_ids[1:],
+            loss_mask=demonstration.loss_mask[1:],
+        )
+        for demonstration in demonstrations
+    ]
     return _pack(examples, max_pack_tokens, dp_size, dp_rank, min_packs, pad_multiple, seed)
 
 
@@ -98,6 +106,8 @@ def split(items: Sequence[Item], num_parts: int) -> list[list[Item]]:
 class _Sequence:
     prompt_ids: Sequence[int]
     response_ids: Sequence[int]
+    loss_mask: Sequence[bool] | bool
+    """Of the response."""
     reward: float = 0.0
     log_probs: Sequence[float] | float = 0.0
 
@@ -223,7 +233,7 @@ def _lay_out(sequences: Sequence[_Sequence], pad_multiple: int) -> PackedBatch:
         start, response = end - length, end - len(sequence.response_ids)
         token_ids = np.fromiter(chain(sequence.prompt_ids, sequence.response_ids), np.int64, length + 1)
         tokens[start:end], targets[start:end] = token_ids[:-1], token_ids[1:]
-        loss_mask[response:end] = True
+        loss_mask[response:end] = sequence.loss_mask
         rewards[end - 1] = sequence.reward
         log_probs[response:end] = sequence.log_probs
 

@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from megatron_orz.data.reading import read_problems
+from megatron_orz.data.stream import EpochStream
 from megatron_orz.types import Prompt
 
 if TYPE_CHECKING:
@@ -115,37 +114,5 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Non
         )
 
 
-class PromptStream:
-    """The prompts in an endless order: every epoch holds each of them once, reshuffled by (seed, epoch).
-
-    The whole state is `cursor`, the number of prompts taken so far: a stream built with the cursor of
-    another goes on exactly where that one stopped.
-    """
-
-    def __init__(self, prompts: Sequence[Prompt], *, seed: int, cursor: int = 0) -> None:
-        if not prompts:
-            raise ValueError("a stream needs at least one prompt; add data files or raise data.max_prompt_tokens")
-        if cursor < 0:
-            raise ValueError(f"cursor {cursor} is negative; it counts the prompts taken so far")
-        self.cursor = cursor
-        self._prompts = prompts
-        self._seed = seed
-
-    def take(self, num_prompts: int) -> list[Prompt]:
-        """The next prompts, across as many epochs as it takes."""
-        first, last = self.cursor, self.cursor + num_prompts
-        self.cursor = last
-        epoch_size = len(self._prompts)
-        return [
-            self._prompts[index]
-            for epoch in range(first // epoch_size, -(-last // epoch_size))
-            for index in self._order(epoch)[max(first - epoch * epoch_size, 0) : last - epoch * epoch_size]
-        ]
-
-    def upcoming(self, num_prompts: int) -> list[Prompt]:
-        """What `take` would return."""
-        return PromptStream(self._prompts, seed=self._seed, cursor=self.cursor).take(num_prompts)
-
-    def _order(self, epoch: int) -> list[int]:
-        order: list[int] = np.random.default_rng((self._seed, epoch)).permutation(len(self._prompts)).tolist()
-        return order
+class PromptStream(EpochStream[Prompt]):
+    """The prompts of a run, in the order in which its steps take them."""

@@ -90,7 +90,7 @@ def read_rows(
             case ".json":
                 rows = _read_json(path)
             case ".jsonl":
-                rows = _read_jsonl(path)
+                rows = read_jsonl(path)
             case ".parquet" | ".arrow":
                 rows = _read_table(path, (problem_column, answer_column), id_column)
             case _:
@@ -142,20 +142,20 @@ def _unknown_kind(path: Path) -> ValueError:
 def _problem(row: Any, place: str, problem: Any, answer: Any, kind: AnswerKind, id_column: str | None) -> Problem:
     problem_id = row.get(id_column) if id_column is not None and isinstance(row, dict) else None
     named = row.get("kind") if isinstance(row, dict) else None
-    if named is not None and (named := _text(named, "kind", place)) not in get_args(AnswerKind):
+    if named is not None and (named := text_of(named, "kind", place)) not in get_args(AnswerKind):
         rule = f"the kind {named[:_SHOWN_CHARS]!r} is none of {', '.join(get_args(AnswerKind))}; correct or remove it"
         raise RowError("wrong_type", place, rule)
     kind = named or kind
-    answer = _text(answer, "answer", place) if kind == "code" else _answer(answer, place)
+    answer = text_of(answer, "answer", place) if kind == "code" else _answer(answer, place)
     try:
         check_reference(kind, answer)
     except (ValueError, RecursionError) as error:
         raise RowError("wrong_type", place, f"{error}; correct or remove it") from error
     return Problem(
-        text=_text(problem, "problem", place),
+        text=text_of(problem, "problem", place),
         answer=answer,
         place=place,
-        problem_id=None if problem_id is None else _text(problem_id, "id", place),
+        problem_id=None if problem_id is None else text_of(problem_id, "id", place),
         kind=kind,
     )
 
@@ -188,7 +188,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}: item {number}", item
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every line that is not blank; a RowError in place of a value that cannot be read."""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}: line {number}"
@@ -291,7 +292,8 @@ def _missing_column(column: str, present: Sequence[str], place: str) -> RowError
     return RowError("missing_column", place, rule)
 
 
-def _text(value: Any, name: str, place: str) -> str:
+def text_of(value: Any, name: str, place: str) -> str:
+    """The value as text that can be written as UTF-8, a number included. Raises RowError where there is none in it."""
     if isinstance(value, bytes):
         value = _decode(value, f"{place}: the {name}")
     if (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and math.isfinite(value)):
@@ -310,5 +312,5 @@ def _text(value: Any, name: str, place: str) -> str:
 
 
 def _answer(value: Any, place: str) -> str:
-    _, gsm8k, final = _text(value, "answer", place).rpartition("####")
-    return _text(final.replace(",", "") if gsm8k else final, "answer", place).strip()
+    _, gsm8k, final = text_of(value, "answer", place).rpartition("####")
+    return text_of(final.replace(",", "") if gsm8k else final, "answer", place).strip()

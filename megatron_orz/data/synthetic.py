@@ -22,8 +22,6 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from megatron_orz.data.prompts import render
-
 
 @dataclass(frozen=True, kw_only=True)
 class ArithmeticTask:
@@ -113,20 +111,6 @@ def write_solution(problem: str, task: ArithmeticTask, rng: random.Random) -> st
     return "\n".join(steps) + "</think>" + answer
 
 
-def make_demonstrations(
-    problems: Iterable[str], tokenizer: PreTrainedTokenizerBase, task: ArithmeticTask, *, seed: int
-) -> list[tuple[list[int], list[int]]]:
-    """For every problem its prompt and one solution that ends in the eos token, as (prompt_ids, target_ids)."""
-    rng = random.Random(seed)
-    return [
-        (
-            tokenizer(render("short", problem), add_special_tokens=False)["input_ids"],
-            [*tokenizer(write_solution(problem, task, rng))["input_ids"], tokenizer.eos_token_id],
-        )
-        for problem in problems
-    ]
-
-
 def _near_miss(right: int, rng: random.Random) -> int:
     """Another total, at most 3 away where that is not negative."""
     lowest = max(right - 3, 0)
@@ -135,11 +119,21 @@ def _near_miss(right: int, rng: random.Random) -> int:
 
 def write_problems(path: Path, problems: Iterable[str]) -> None:
     """Writes the problems with their right answers as JSONL (`question`, `answer`); all of them or nothing."""
+    _write_lines(path, ({"question": problem, "answer": str(solve(problem))} for problem in problems))
+
+
+def write_conversations(path: Path, problems: Iterable[str], task: ArithmeticTask, *, seed: int) -> None:
+    """Writes each problem and one solution of it as JSONL (`prompt`, `response`); all of them or nothing."""
+    rng = random.Random(seed)
+    _write_lines(path, ({"prompt": problem, "response": write_solution(problem, task, rng)} for problem in problems))
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            for problem in problems:
-                file.write(json.dumps({"question": problem, "answer": str(solve(problem))}) + "\n")
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)

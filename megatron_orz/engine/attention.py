@@ -179,7 +179,7 @@ class PackedAttention(MegatronModule):
         if layout.context is not None:
             k, v = _visible_keys(k, v, layout.context)
         if _has_kernel(q.is_cuda, q.dtype):
-            out = _varlen_attention(q, k, v, layout, self.scale)
+            out = varlen_attention(q, k, v, layout, self.scale)
         elif layout.context is not None:
             out = _chunked_attention(q, k, v, layout.context, self.scale)
         else:
@@ -224,7 +224,11 @@ def _chunked_attention(q: Tensor, k: Tensor, v: Tensor, context: ContextSlice, s
     return torch.cat(outputs)
 
 
-def _varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, layout: PackLayout, scale: float) -> Tensor:
+    """FlashAttention over the sequences of a layout. q: [T, heads, d]; k, v: [T, kv_heads, d]. Returns [T, heads, d].
+
+    On CUDA, in 16 bits.
+    """
     options: dict[str, Any] = {"scale": scale}
     if "window_size" in inspect.signature(varlen_attn).parameters:
         options |= {"window_size": (-1, 0), "enable_gqa": q.shape[1] != k.shape[1]}

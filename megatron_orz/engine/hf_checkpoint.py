@@ -117,10 +117,13 @@ def _tensor_files(path: Path) -> dict[str, Path]:
     if index.is_file():
         try:
             weight_map = read_json(index)["weight_map"]
-            if not all(file == Path(file).name and "\0" not in file for file in weight_map.values()):
-                raise ValueError("it names files outside of the checkpoint's directory")
+            for file in weight_map.values():
+                if file != Path(file).name or Path(file).suffix != ".safetensors" or "\0" in file:
+                    raise ValueError(f"{file!r} is no safetensors file of the checkpoint's own directory")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not a safetensors index ({error!r}); copy the checkpoint again") from error
+            raise ValueError(
+                f"{index} is not a safetensors index ({type(error).__name__}: {error}); copy the checkpoint again"
+            ) from error
         return {name: path / file for name, file in weight_map.items()}
     single = path / "model.safetensors"
     if not single.is_file():

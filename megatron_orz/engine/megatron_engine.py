@@ -174,6 +174,18 @@ class MegatronEngine(ABC, Generic[Output]):
         with platform.megatron_calls():
             training_state.load(self.chunks, self._optimizer, directory)
 
+    def resident_bytes(self) -> dict[str, int]:
+        """What this rank holds of the model between steps, by part. A frozen model has weights alone."""
+        weights_ = sum(parameter.nbytes for chunk in self.chunks for parameter in chunk.parameters())
+        shares = list(self._optimizer.shares()) if self._optimizer else []
+        held = [(name, tensor.nbytes) for share in shares for name, tensor in share.tensors.items()]
+        return {
+            "weights": weights_,
+            "gradients": sum(buffer.nbytes for buffer in gradient_buffers(self._replicas)),
+            "main weights": sum(size for name, size in held if name == "param"),
+            "optimizer": sum(size for name, size in held if name != "param"),
+        }
+
     def offload(self) -> Metrics:
         """Hands the device memory of parameters, gradients and optimizer states back, until `reload`.
 

@@ -1,4 +1,4 @@
-"""AdamW on Megatron shards: mixed precision, clipping, warm-up, and a guard against non-finite gradients."""
+"""AdamW on Megatron shards: mixed precision, clipping, schedule, and a guard against non-finite gradients."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Optimizer:
             MegatronOptimizerConfig(
                 optimizer="adam",
                 lr=config.lr,
+                min_lr=config.min_lr,
                 weight_decay=config.weight_decay,
                 adam_beta1=config.beta1,
                 adam_beta2=config.beta2,
@@ -68,6 +69,7 @@ class Optimizer:
             ),
             list(chunks),
         )
+        assert config.decay == "constant" or config.decay_steps is not None
         self._parts: list[Any] = getattr(self._optimizer, "chained_optimizers", [self._optimizer])
         # One pass over the weights; PyTorch's default makes one for each operation of the formula.
         for group in self._optimizer.param_groups:
@@ -77,10 +79,10 @@ class Optimizer:
             self._optimizer,
             init_lr=0.0,
             max_lr=config.lr,
-            min_lr=config.lr,
+            min_lr=config.min_lr,
             lr_warmup_steps=config.warmup_steps,
-            lr_decay_steps=config.warmup_steps + 1,
-            lr_decay_style="constant",
+            lr_decay_steps=config.decay_steps or config.warmup_steps + 1,
+            lr_decay_style=config.decay,
             start_wd=config.weight_decay,
             end_wd=config.weight_decay,
             wd_incr_steps=1,

@@ -163,3 +163,27 @@ def longest_previous_factor(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
             common = torch.where(tokens[start:t] == tokens[t], common[1 : t - start + 1] + 1, 0)
             lengths[t] = common.max()
     return lengths
+
+
+def slot_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float, window: int
+) -> Tensor:
+    """softmax(scale q_bh . K) V, K and V the first lengths_b tokens of slot slots_b, or the last `window` > 0 of them.
+
+    query: [B, heads, d]; keys, values: [S, kv_heads, C, d], finite everywhere; slots, lengths: [B]. [B, heads, d].
+    """
+    num_kv_heads = keys.shape[1]
+    longest = int(lengths.max()) if len(lengths) else 0
+    position = torch.arange(longest, device=lengths.device)
+    is_visible = position < lengths[:, None]
+    if window:
+        is_visible &= position >= lengths[:, None] - window
+    # Query heads that share a key-value head see the same keys: they can be the positions of one query.
+    out = F.scaled_dot_product_attention(
+        query.unflatten(1, (num_kv_heads, -1)),
+        keys[slots, :, :longest],
+        values[slots, :, :longest],
+        attn_mask=is_visible[:, None, None],
+        scale=scale,
+    )
+    return out.flatten(1, 2)

@@ -128,6 +128,10 @@ class ServerClient(ABC):
         except ValueError as error:
             raise ServerError(f"{self.url}/metrics answered with something else: {metrics[:200]!r}") from error
 
+    async def check_health(self, http: httpx.AsyncClient, *, timeout_s: float) -> None:
+        """Raises ServerError unless the server says that it, and what computes for it, is well."""
+        await self._ask(http, "GET", "/health", timeout_s=timeout_s)
+
     async def fetch(self, http: httpx.AsyncClient, path: str) -> Any:
         """The JSON answer to a GET."""
         return _json(await self._ask(http, "GET", path, timeout_s=_CONTROL_TIMEOUT_S))

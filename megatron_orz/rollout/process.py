@@ -17,7 +17,7 @@ _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception): .+")  # "ValueError: ...", 
 
 
 class SupervisedProcess:
-    """A command run under `supervisor.py`, its output in a log file; a context manager that ends it.
+    """A command run under `supervisor.py`, its output at the end of a log file; a context manager that ends it.
 
     The supervisor has a session of its own: Ctrl-C in the terminal reaches the trainer, which then closes the server
     in order.
@@ -26,7 +26,8 @@ class SupervisedProcess:
     def __init__(self, command: Sequence[str], *, environment: Mapping[str, str], log_path: Path) -> None:
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        with log_path.open("wb") as log:
+        with log_path.open("ab") as log:
+            self._log_start = log.tell()
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_SUPERVISOR), str(os.getpid()), str(_GRACE_S), *command],
                 env=dict(environment),
@@ -49,8 +50,10 @@ class SupervisedProcess:
             return None
 
     def last_words(self, *, num_errors: int = 3, num_lines: int = 8) -> str:
-        """The first exceptions in the log, which are the likely reason for an end, then its last lines."""
-        lines = self.log_path.read_text(errors="replace").splitlines()
+        """The first exceptions this command logged, which are the likely reason for an end, then its last lines."""
+        with self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            lines = log.read().decode(errors="replace").splitlines()
         errors = dict.fromkeys(
             match[0] for line in lines if "WARNING" not in line and (match := _EXCEPTION.search(line))
         )

@@ -200,6 +200,20 @@ class Replica:
             return False
         return True
 
+    async def has_died(self) -> bool:
+        """Whether the server has ended, is about to, or says of itself that it has failed.
+
+        A server whose engine has died answers for a while longer, with errors.
+        """
+        assert self._running is not None
+        try:
+            await asyncio.to_thread(self._running.check_alive, wait_s=_DEATH_WAIT_S)
+            await self.client.check_health(self._http, timeout_s=self._heartbeat_timeout_s)
+        except ServerError:
+            self._suspicion.set()
+            return True
+        return not await self.is_well()
+
     async def drop_requests(self) -> None:
         """Ends all requests the server still works on."""
         try:

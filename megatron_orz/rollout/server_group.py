@@ -92,7 +92,7 @@ class ServerGroup:
             self._sender_to(replicas).send(weights, version)
         except RuntimeError as error:
             self._drop_sender()
-            has_died = not all(self._portal.call(self._are_well, replicas))
+            has_died = any(self._portal.call(self._have_died, replicas))
             for replica in replicas:
                 self._portal.call(
                     partial(replica.fail, f"a weight update failed: {error}", is_final=not replica.is_ours)
@@ -249,6 +249,9 @@ class ServerGroup:
 
     async def _are_well(self, replicas: Sequence[Replica]) -> list[bool]:
         return await asyncio.gather(*(replica.is_well() for replica in replicas))
+
+    async def _have_died(self, replicas: Sequence[Replica]) -> list[bool]:
+        return await asyncio.gather(*(replica.has_died() for replica in replicas))
 
     def _sender_to(self, replicas: Sequence[Replica]) -> Sender:
         clients = [replica.client for replica in replicas]

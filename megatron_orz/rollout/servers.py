@@ -16,6 +16,7 @@ from typing import Self
 import httpx
 
 from megatron_orz.rollout.process import SupervisedProcess
+from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
 
 PORTS = range(15000, 32000)
 """Below those of outgoing connections, which begin at 32768."""
@@ -23,6 +24,7 @@ PORTS = range(15000, 32000)
 MODEL_NAME = "policy"
 """What requests call the model, whatever its directory."""
 
+_PACKAGE_ROOT = Path(__file__).parents[2]
 _HEALTH_POLL_S = 0.25
 _HEALTH_TIMEOUT_S = 5.0
 
@@ -130,11 +132,12 @@ class InferenceServer:
 
 
 def base_environment() -> dict[str, str]:
-    """The trainer's environment, less its place in a process group."""
-    inherited = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
-    if "TORCHELASTIC_RUN_ID" in inherited:
-        inherited.pop("OMP_NUM_THREADS", None)
-    return inherited
+    """The trainer's, less its place in a process group, plus the token, and this package for Python to find."""
+    environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
+    if "TORCHELASTIC_RUN_ID" in environment:
+        environment.pop("OMP_NUM_THREADS", None)
+    search_path = [str(_PACKAGE_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    return environment | {"PYTHONPATH": os.pathsep.join(search_path), TOKEN_VARIABLE: server_token()}
 
 
 def visible_gpus(gpus: Sequence[int], *, visible: str | None) -> str:

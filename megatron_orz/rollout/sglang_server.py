@@ -31,7 +31,7 @@ def sglang_launch(model: ModelConfig, fleet: FleetConfig, *, index: int) -> Laun
 def _command(model: ModelConfig, fleet: FleetConfig, *, port: int) -> list[str]:
     """The command line; what a request must not be able to change is fixed here."""
     return [
-        *(sys.executable, "-m", "sglang.launch_server"),
+        *(sys.executable, "-m", "megatron_orz.rollout.sglang_main"),
         *("--model-path", str(model.path), "--served-model-name", MODEL_NAME),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", fleet.dtype or model.dtype, "--context-length", str(fleet.max_model_tokens)),

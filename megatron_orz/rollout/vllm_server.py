@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,7 @@ import torch
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.servers import MODEL_NAME, Launch, base_environment, free_port, visible_gpus
-from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
 
-_PACKAGE_ROOT = Path(__file__).parents[2]
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
@@ -75,16 +72,12 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on
 
 
 def _environment(*, on_cuda: bool, cpu_threads: int | None, tp: int = 1) -> dict[str, str]:
-    """The trainer's environment, less its place in a process group, plus what the server needs."""
-    inherited = base_environment()
-    search_path = [str(_PACKAGE_ROOT), *filter(None, [inherited.get("PYTHONPATH")])]
-    environment = {
-        **inherited,
-        "PYTHONPATH": os.pathsep.join(search_path),  # vLLM's workers import our weight transfer backend
+    """What every server gets, and what vLLM needs; its workers import our weight transfer backend."""
+    environment = base_environment() | {
         "VLLM_SERVER_DEV_MODE": "1",  # opens the endpoints of weight updates
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MAX_STOP_STRINGS": "1024",  # its limit of 4 is for servers that strangers use
         "VLLM_HOST_IP": "127.0.0.1",  # where its processes meet each other
-        TOKEN_VARIABLE: server_token(),
     }
     if on_cuda:
         return environment

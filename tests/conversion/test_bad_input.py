@@ -80,6 +80,13 @@ def edit_index(path: Path) -> None:
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def name_shard(name: str) -> Callable[[Path], object]:
+    def damage(path: Path) -> None:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: name}}))
+
+    return damage
+
+
 SHARD = "model-00002-of-00003.safetensors"
 Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
 
@@ -91,6 +98,10 @@ Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
         (truncate(SHARD), rf"{SHARD} cannot be read .*; copy the checkpoint again"),
         (lambda path: (path / SHARD).write_text("{}"), rf"{SHARD} cannot be read"),
         (lambda path: (path / "model.safetensors.index.json").write_text("{"), "is not a safetensors index"),
+        *(
+            (name_shard(name), f"{re.escape(repr(name))} is no safetensors file of the checkpoint's own directory")
+            for name in ("", ".", "..", "../model.safetensors", "config.json", "model.safetensors\0", ".safetensors")
+        ),
         (edit_index, r"model-00001-of-00003.safetensors holds no tensor model\.norm\.weight, but the index says so"),
         (lambda path: [file.unlink() for file in path.glob("model*")], "holds neither model.safetensors nor its index"),
         (lambda path: (path / "config.json").unlink(), r"holds no config\.json"),

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_orz.data.packing import pack, pack_sequences, plan_packs, split
-from megatron_orz.types import Grade, PackedBatch, Prompt, Rollout
+from megatron_orz.data.packing import pack, pack_demonstrations, plan_packs, split
+from megatron_orz.types import Demonstration, Grade, PackedBatch, Prompt, Rollout
 
 BUDGET = 16384
 
@@ -169,14 +169,28 @@ def test_order_of_packs_is_shuffled_by_the_seed() -> None:
     assert abs(np.corrcoef(range(len(counts)), counts)[0, 1]) < 0.15
 
 
-def test_supervised_sequences_pack_like_rollouts() -> None:
+def test_demonstrations_pack_like_rollouts() -> None:
     pairs = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9])]
-    [supervised] = pack_sequences(pairs, max_pack_tokens=16)
+    demonstrations = [
+        Demonstration(token_ids=prompt + response, loss_mask=[False] * len(prompt) + [True] * len(response))
+        for prompt, response in pairs
+    ]
+    [supervised] = pack_demonstrations(demonstrations, max_pack_tokens=16)
     [rollouts] = pack([make_rollout(*pair) for pair in pairs], max_pack_tokens=16)
     for name in ("tokens", "targets", "position_ids", "cu_seqlens", "loss_mask"):
         assert torch.equal(getattr(supervised, name), getattr(rollouts, name))
     assert not supervised.rewards.any()
     assert not supervised.rollout_log_probs.any()
+
+
+def test_several_responses_of_a_demonstration_are_learnt() -> None:
+    mask = [False, True, False, False, True, True]
+    [batch] = pack_demonstrations(
+        [Demonstration(token_ids=[1, 2, 3, 4, 5, 6], loss_mask=mask)], max_pack_tokens=16, pad_multiple=4
+    )
+    assert batch.targets[batch.loss_mask].tolist() == [2, 5, 6]
+    assert batch.tokens[batch.loss_mask].tolist() == [1, 4, 5]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8]
 
 
 def test_impossible_rollouts_are_refused() -> None:

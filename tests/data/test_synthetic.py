@@ -13,14 +13,15 @@ from hypothesis import strategies as st
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, Qwen2Config
 
+from megatron_orz.data.conversations import read_conversations
 from megatron_orz.data.reading import read_problems
 from megatron_orz.data.synthetic import (
     ArithmeticTask,
     build_tokenizer,
     count_problems,
-    make_demonstrations,
     make_problems,
     solve,
+    write_conversations,
     write_problems,
     write_solution,
 )
@@ -113,11 +114,12 @@ def test_solutions_err_as_often_as_asked_and_carry_on_from_their_own_totals() ->
     assert abs(num_broken / len(problems) - 0.2) < 0.045
 
 
-def test_demonstrations_are_prompt_and_solution_in_tokens() -> None:
-    task = ArithmeticTask(step_error=0.0, format_error=0.0)
-    [(prompt_ids, target_ids)] = make_demonstrations(["1+2-3"], TOKENIZER, task, seed=0)
-    assert TOKENIZER.decode(prompt_ids) == "User: 1+2-3\nAssistant: <think>"
-    assert TOKENIZER.decode(target_ids) == "1+2=3\n3-3=0</think><answer>\\boxed{0}</answer><|endoftext|>"
+def test_conversations_are_problems_and_solutions(tmp_path: Path) -> None:
+    path = tmp_path / "conversations.jsonl"
+    write_conversations(path, ["1+2-3", "4+5"], ArithmeticTask(step_error=0.0, format_error=0.0), seed=0)
+    [first, second] = [[message.content for message in row.messages] for row in read_conversations(path)]
+    assert first == ["1+2-3", "1+2=3\n3-3=0</think><answer>\\boxed{0}</answer>"]
+    assert second == ["4+5", "4+5=9</think><answer>\\boxed{9}</answer>"]
 
 
 def test_problem_files_are_read_back_and_written_whole_or_not_at_all(tmp_path: Path) -> None:

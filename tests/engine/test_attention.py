@@ -104,7 +104,7 @@ def kernel_before_torch_2_13(
 def attend(q: Tensor, k: Tensor, v: Tensor, layout: attention.PackLayout) -> Tensor:
     """What `PackedAttention.forward` chooses; k and v already gathered."""
     if attention._has_kernel(q.is_cuda, q.dtype):
-        return attention._varlen_attention(q, k, v, layout, SCALE)
+        return attention.varlen_attention(q, k, v, layout, SCALE)
     if layout.context is not None:
         return attention._chunked_attention(q, k, v, layout.context, SCALE)
     assert layout.groups is not None

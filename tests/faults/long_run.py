@@ -1,7 +1,7 @@
 """What a long run takes of the machine, step by step: nothing of it may grow.
 
 python -m tests.faults.long_run --steps 500                 # about two minutes
-python -m tests.faults.long_run --steps 500 --fleet vllm    # with a server
+python -m tests.faults.long_run --steps 500 --fleet vllm    # with a server: ten minutes
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tests.faults.tiny_run import write_recipe
 
 SAMPLE_EVERY_S = 0.5
 DEADLINE_S = 3600
-LOGS = ("metrics.jsonl", "tensorboard", "vllm.log")
-"""Files whose purpose it is to grow."""
+LOGS = ("metrics.jsonl", "tensorboard", "generations", "vllm.log")
+"""What is there to grow."""
 
 
 @dataclass(frozen=True)

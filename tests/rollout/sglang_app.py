@@ -19,6 +19,9 @@ import uvicorn
 from fastapi import Response
 from safetensors import safe_open
 
+from megatron_orz.rollout import sglang_main
+from megatron_orz.rollout.sglang_main import Secret
+from megatron_orz.rollout.token import server_token
 from tests.rollout import stand_in
 
 ABSENT = {"sgl_kernel", "flashinfer", "triton", "IPython", "torchvision"}
@@ -147,11 +150,26 @@ class Engine:
         self.version = request.new_version
 
 
-def main(port: int) -> None:
+def pretend() -> None:
+    """From here on, imports of what accelerators need succeed."""
     for name in IMPORTED_BEFORE:
         importlib.import_module(name)
     sys.meta_path.insert(0, _Finder())
+
+
+def print_server_args() -> None:
+    """What SGLang would run, and log, given the arguments of this process."""
+    pretend()
+    import sglang.launch_server
+
+    sglang.launch_server.run_server = print
+    sglang_main.main(sys.argv[1:])
+
+
+def main(port: int) -> None:
+    pretend()
     from sglang.srt.entrypoints import http_server
+    from sglang.srt.utils.auth import add_api_key_middleware
 
     engine = Engine()
     http_server.set_global_state(
@@ -161,6 +179,8 @@ def main(port: int) -> None:
     http_server.app.add_api_route("/loaded", lambda: engine.loaded)
     counter = 'sglang:realtime_tokens_total{mode="decode"} 1.0\n'
     http_server.app.add_api_route("/metrics", lambda: Response(counter, media_type="text/plain"))
+    # As the server itself does with the key that `sglang_main` gives it.
+    add_api_key_middleware(http_server.app, api_key=Secret(server_token()), admin_api_key=None)
     uvicorn.run(http_server.app, host="127.0.0.1", port=port, lifespan="off", log_level="warning")
 
 

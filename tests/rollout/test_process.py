@@ -130,6 +130,15 @@ def test_the_exit_code_and_the_reason_of_an_early_end_are_known(log_path: Path) 
         assert server.last_words().startswith("OSError: no such weights\n...\nloading\nTraceback")
 
 
+def test_a_second_server_writes_below_the_first_and_is_judged_by_its_own_words(log_path: Path) -> None:
+    for word in ("first", "second"):
+        command = [sys.executable, "-c", f"raise OSError('the {word}')"]
+        with SupervisedProcess(command, environment=os.environ, log_path=log_path) as server:
+            assert server.exit_code(wait_s=20) == 1
+            assert server.last_words().startswith(f"OSError: the {word}\n...\nTraceback")
+    assert "OSError: the first" in log_path.read_text()
+
+
 def test_a_running_server_has_no_exit_code(log_path: Path) -> None:
     with start(SERVER, log_path) as server:
         assert server.exit_code() is None

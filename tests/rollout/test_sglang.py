@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import pickle
+import secrets
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +22,12 @@ from megatron_orz.rollout import sglang_sender
 from megatron_orz.rollout.client import GenerationRequest
 from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.server_group import open_group
-from megatron_orz.rollout.servers import InferenceServer, Launch, RefusedError, ServerError, free_port
+from megatron_orz.rollout.servers import InferenceServer, Launch, RefusedError, ServerError, base_environment, free_port
 from megatron_orz.rollout.sglang_client import SGLangClient
+from megatron_orz.rollout.sglang_main import Secret
 from megatron_orz.rollout.sglang_sender import SGLangSender
 from megatron_orz.rollout.sglang_server import _command, sglang_launch
+from megatron_orz.rollout.token import TOKEN_VARIABLE, authorization
 from tests.rollout import stand_in
 from tests.rollout.conftest import make_prompts, model_config
 from tests.rollout.stand_in_fleet import contents
@@ -128,17 +132,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not HAS_SGLANG:
         pytest.skip("sglang cannot be imported")
     port = free_port()
-    environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), environment.get("PYTHONPATH", "")])
     log = tmp_path_factory.mktemp("sglang") / "sglang.log"
     command = [sys.executable, "-m", "tests.rollout.sglang_app", str(port)]
-    launch = Launch(command=command, environment=environment, port=port)
+    launch = Launch(command=command, environment=base_environment(), port=port)
     with InferenceServer(launch, start_timeout_s=300, log_path=log) as server:
 
         def answers() -> bool:
             server.check_alive()
             try:
-                return httpx.get(f"{server.url}/loaded", trust_env=False).status_code == 200
+                return httpx.get(f"{server.url}/loaded", headers=authorization(), trust_env=False).status_code == 200
             except httpx.TransportError:
                 return False
 
@@ -157,7 +159,8 @@ def test_a_fleet_runs_on_sglangs_own_routes(url: str, tmp_path: Path) -> None:
     with open_group(runs, SAMPLING, fleet, connect=connect, on_wait=lambda elapsed_s: None) as group:
         for version in range(3):
             group.update_weights(iter([("a", torch.full((4,), float(version))), ("b", torch.ones(3))]), version)
-            assert httpx.get(f"{url}/loaded", trust_env=False).json() == [f"a={4 * version}", "b=3"]
+            loaded = httpx.get(f"{url}/loaded", headers=authorization(), trust_env=False).json()
+            assert loaded == [f"a={4 * version}", "b=3"]
             for num_responses in (1, 3):
                 _, rollouts = group.generate(prompts, num_responses=num_responses, seed=0, version=version)
                 assert contents(rollouts) == [
@@ -165,6 +168,40 @@ def test_a_fleet_runs_on_sglangs_own_routes(url: str, tmp_path: Path) -> None:
                     for prompt in prompts
                     for sibling in range(num_responses)
                 ]
+
+
+@pytest.mark.slow
+def test_who_does_not_know_the_token_is_refused_by_sglangs_own_check(url: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer other"}):
+        for path in ("/generate", "/update_weights_from_disk", "/update_weight_version", "/pause_generation"):
+            assert httpx.post(f"{url}{path}", headers=headers, json={}, trust_env=False).status_code == 401
+        assert httpx.get(f"{url}/loaded", headers=headers, trust_env=False).status_code == 401
+        assert httpx.get(f"{url}/metrics", headers=headers, trust_env=False).status_code == 200
+
+
+def test_the_token_comes_after_the_arguments_are_read_and_does_not_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of its own: what SGLang imports and replaces stays there."""
+    if not HAS_SGLANG:
+        pytest.skip("sglang cannot be imported")
+    command = _command(model_config(tmp_path), FleetConfig(kind="sglang"), port=1)
+    script = "from tests.rollout.sglang_app import print_server_args; print_server_args()"
+    environment = base_environment() | {TOKEN_VARIABLE: "a-secret"}
+    arguments = [*command[command.index("--model-path") :], "--device", "cpu"]
+    shown = subprocess.run(
+        [sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert "api_key=Secret(...)" in shown.stdout, shown.stderr
+    assert "a-secret" not in shown.stdout + shown.stderr
+
+
+def test_a_secret_is_the_string_and_does_not_show_it() -> None:
+    secret = Secret("a-secret")
+    for copy in (secret, pickle.loads(pickle.dumps(secret))):
+        assert copy == "a-secret"
+        assert "a-secret" not in repr(copy) + f"{[copy]!r}"
+        assert secrets.compare_digest(copy, "a-secret")
 
 
 @pytest.mark.slow

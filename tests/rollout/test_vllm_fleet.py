@@ -40,7 +40,7 @@ from tests.rollout.test_process import wait_for
 
 pytest.importorskip("vllm")
 
-SAMPLING = SamplingConfig(max_response_tokens=40, stop=("ab", "z", "Q("))
+SAMPLING = SamplingConfig(max_response_tokens=40, stop=("ab", "z", "Q(", "#}", "~~", "@!"))
 # Both sides compute in float32, with other kernels; the weights of two seeds differ by more than 1 nat.
 TOLERANCE = 1e-4
 

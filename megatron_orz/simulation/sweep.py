@@ -1,0 +1,145 @@
+"""Which layout is best, how much each way to run a step gains, and what sync and stragglers cost it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_orz.simulation.course import Course, Setting, simulate
+from megatron_orz.simulation.profile import Profile
+
+FIRST_SPLITS = 8
+"""Splits tried at first; then those between the best and its neighbours."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """A way to run a step."""
+
+    name: str
+    colocated: bool = False
+    max_staleness: int = 0
+    oversampling: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds a step would be shorter without what costs them, everything else being the same."""
+
+    sync_s: float
+    """Without the time of weight updates."""
+    stragglers_s: float
+    """If every response had the mean length."""
+    spread_s: float
+    """If every server and every training step were as fast as the mean."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A mode on a number of GPUs, at its best split."""
+
+    mode: Mode
+    course: Course
+    costs: Costs
+    tried: Sequence[Course]
+    """One for every split, by the trainer's GPUs."""
+
+
+Simulate = Callable[[Profile, Setting], Course]
+
+
+def modes(*, max_staleness: Sequence[int], oversampling: float, colocated: bool) -> list[Mode]:
+    """What is compared. Raises ValueError where nothing is."""
+    found = [Mode(name="colocated", colocated=True)] if colocated else []
+    for staleness in sorted(set(max_staleness)):
+        name = {0: "synchronous", 1: "one step ahead"}.get(staleness, f"{staleness} steps ahead")
+        found.append(Mode(name=name, max_staleness=staleness))
+    if oversampling:
+        found.append(Mode(name=f"over-sampled {oversampling:.0%}", oversampling=oversampling))
+    if not found:
+        raise ValueError("no mode is left to simulate; give a max_staleness")
+    return found
+
+
+def best_outcome(
+    profile: Profile, mode: Mode, base: Setting, *, gpus: int, trainer_gpus: int | None, num_steps: int, seed: int
+) -> Outcome:
+    """The mode at the split of the GPUs with the shortest step, or at the one that `trainer_gpus` names.
+
+    base: prompts and responses of a step. Raises ValueError where GPUs cannot be split.
+    """
+
+    def run(profile: Profile, setting: Setting) -> Course:
+        return simulate(profile, setting, num_steps=num_steps, seed=seed)
+
+    def setting_of(trainer: int) -> Setting:
+        return replace(
+            base,
+            trainer_gpus=trainer,
+            server_gpus=gpus if mode.colocated else gpus - trainer,
+            colocated=mode.colocated,
+            max_staleness=mode.max_staleness,
+            oversampling=mode.oversampling,
+        )
+
+    tried: dict[int, Course] = {}
+
+    def try_splits(splits: Sequence[int]) -> int:
+        for trainer in splits:
+            if trainer not in tried:
+                tried[trainer] = run(profile, setting_of(trainer))
+        return min(tried, key=lambda trainer: tried[trainer].step_s)
+
+    if mode.colocated or trainer_gpus is not None:
+        best = try_splits([gpus if mode.colocated else trainer_gpus or gpus])
+    else:
+        best = try_splits(first_splits(profile, gpus))
+        while between := splits_between(profile, sorted(tried), best):
+            best = try_splits(between)
+    chosen = tried[best]
+    return Outcome(
+        mode=mode, course=chosen, costs=costs(profile, chosen, run), tried=[tried[split] for split in sorted(tried)]
+    )
+
+
+def costs(profile: Profile, course: Course, run: Simulate) -> Costs:
+    """What the course would gain without each of the three."""
+
+    def gain(other: Profile) -> float:
+        return course.step_s - run(other, course.setting).step_s
+
+    return Costs(
+        sync_s=gain(replace(profile, sync_s=0.0)),
+        stragglers_s=gain(profile.with_equal_lengths()),
+        spread_s=gain(profile.with_equal_speeds()),
+    )
+
+
+def first_splits(profile: Profile, gpus: int) -> list[int]:
+    """Numbers of trainer GPUs, evenly over those that leave whole replicas and whole servers."""
+    possible = _possible(profile, gpus)
+    if not possible:
+        raise ValueError(
+            f"{gpus} GPUs cannot be split into replicas of {profile.gpus_per_replica} and servers of "
+            f"{profile.gpus_per_server}; choose more"
+        )
+    last = len(possible) - 1
+    return sorted({possible[round(last * place / (FIRST_SPLITS - 1))] for place in range(FIRST_SPLITS)})
+
+
+def splits_between(profile: Profile, tried: Sequence[int], best: int) -> list[int]:
+    """Splits halfway from the best one to the nearest ones tried; none where there is nothing between them."""
+    unit = math.lcm(profile.gpus_per_replica, profile.gpus_per_server)
+    place = tried.index(best)
+    neighbours = [tried[index] for index in (place - 1, place + 1) if 0 <= index < len(tried)]
+    halfway = [(best + other) // 2 // unit * unit for other in neighbours]
+    return [split for split in halfway if split not in tried and min(tried) < split < max(tried)]
+
+
+def _possible(profile: Profile, gpus: int) -> list[int]:
+    return [
+        trainer
+        for trainer in range(profile.gpus_per_replica, gpus, profile.gpus_per_replica)
+        if (gpus - trainer) % profile.gpus_per_server == 0
+    ]

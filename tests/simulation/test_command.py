@@ -1,0 +1,112 @@
+"""`tools/plan.py simulate`: the best split, what things cost, and what is left behind."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from megatron_orz.simulation.command import Arguments, load_profile, run, simulate_all
+from megatron_orz.simulation.course import simulate
+from megatron_orz.simulation.published import MAX_RESPONSE_TOKENS, MEAN_RESPONSE_TOKENS, NAMES, published_profile
+from megatron_orz.simulation.sweep import Mode, best_outcome, first_splits, modes
+from tests.simulation.profiles import small_profile, small_setting
+from tests.simulation.test_measured import write_run
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_the_best_split_is_that_of_trying_all(max_staleness: int) -> None:
+    profile = small_profile(gpus_per_replica=2)
+    mode, base = Mode(name="", max_staleness=max_staleness), small_setting(trainer_gpus=2)
+    outcome = best_outcome(profile, mode, base, gpus=32, trainer_gpus=None, num_steps=2, seed=0)
+    every = [
+        simulate(
+            profile,
+            small_setting(trainer_gpus=trainer, server_gpus=32 - trainer, max_staleness=max_staleness),
+            num_steps=2,
+        ).step_s
+        for trainer in range(2, 32, 2)
+    ]
+    assert outcome.course.step_s == pytest.approx(min(every))
+    assert len(outcome.tried) < len(every)
+
+
+def test_splits_leave_whole_replicas_and_servers() -> None:
+    profile = small_profile(gpus_per_replica=4, gpus_per_server=2)
+    assert first_splits(profile, 16) == [4, 8, 12]
+    with pytest.raises(ValueError, match="5 GPUs cannot be split into replicas of 4 and servers of 2"):
+        first_splits(profile, 5)
+
+
+def test_costs_are_what_a_step_would_be_shorter_by() -> None:
+    profile = small_profile(groups=[[2, 38]], max_pack_tokens=100, server_spread=[1.0, 1.5])
+    outcome = best_outcome(profile, Mode(name=""), small_setting(), gpus=2, trainer_gpus=1, num_steps=30, seed=0)
+    assert outcome.costs.sync_s == pytest.approx(3.0)
+    # Equal lengths take 20 iterations instead of 38 for 16 responses, of which equally many tokens remain.
+    assert outcome.costs.stragglers_s == pytest.approx(2.0 * 18 * 1.25, rel=0.25)
+    assert outcome.costs.spread_s > 0
+
+
+def test_modes_are_named_and_some_mode_is_needed() -> None:
+    names = [mode.name for mode in modes(max_staleness=(1, 0, 3), oversampling=0.25, colocated=True)]
+    assert names == ["colocated", "synchronous", "one step ahead", "3 steps ahead", "over-sampled 25%"]
+    with pytest.raises(ValueError, match="no mode is left"):
+        modes(max_staleness=(), oversampling=0.0, colocated=False)
+
+
+def test_the_files_hold_what_the_tables_show(tmp_path: Path) -> None:
+    measured = write_run(tmp_path / "run", num_prompts=4, num_responses=3)
+    text = io.StringIO()
+    arguments = Arguments((str(measured),), gpus=(2, 4), max_staleness=(0, 1), num_steps=2, output=tmp_path / "plan")
+    run(arguments, Console(file=text, width=250))
+    written = json.loads((tmp_path / "plan" / "simulation.json").read_text())
+    assert [(row["gpus"], row["mode"]["name"]) for row in written["outcomes"]] == [
+        (gpus, name) for gpus in (2, 4) for name in ("colocated", "synchronous", "one step ahead", "over-sampled 25%")
+    ]
+    expected = simulate_all(load_profile([str(measured)]), arguments)
+    assert [row["course"]["step_s"] for row in written["outcomes"]] == [
+        outcome.course.step_s for of_modes in expected.values() for outcome in of_modes
+    ]
+    assert f"{written['outcomes'][-1]['course']['step_s']:.1f}" in text.getvalue()
+    assert (tmp_path / "plan" / "simulation.png").read_bytes().startswith(b"\x89PNG")
+    assert "saved generations" in text.getvalue(), "where the numbers are from"
+
+
+def test_a_run_is_compared_with_its_prediction(tmp_path: Path) -> None:
+    known = [
+        write_run(tmp_path / "small", num_prompts=2, num_responses=3),
+        write_run(tmp_path / "large", num_prompts=16, num_responses=8),
+    ]
+    text = io.StringIO()
+    arguments = Arguments(tuple(map(str, known)), against=(known[1],), num_steps=60, output=tmp_path / "plan")
+    run(arguments, Console(file=text, width=250))
+    (check,) = json.loads((tmp_path / "plan" / "simulation.json").read_text())["checks"]
+    assert check["step_s"] == pytest.approx(check["measured_step_s"], rel=0.05)
+    assert "error" in text.getvalue()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_profile_is_what_it_says(name: str) -> None:
+    profile = published_profile(name)
+    assert profile.mean_response_tokens == pytest.approx(MEAN_RESPONSE_TOKENS, rel=1e-3)
+    assert max(map(max, profile.groups)) == MAX_RESPONSE_TOKENS
+    assert min(map(min, profile.groups)) >= 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "changes", "message"),
+    [
+        ((), {}, "no profile is given"),
+        (("orz-7b-h800",), {"gpus": (1,)}, "leaves none for a trainer and a server"),
+        (("orz-7b-h800",), {"oversampling": float("nan")}, "is not a share of prompts"),
+        (("orz-8b",), {}, "there is no profile 'orz-8b'; give one of orz-7b-h800"),
+        (("orz-7b-h800", "orz-32b-h800"), {}, "orz-7b-h800 is no directory"),
+        (("orz-7b-h800",), {"gpus": (4,), "oversampling": 0.0, "colocated": False}, "cannot be split"),
+    ],
+)
+def test_bad_input_is_one_sentence(profile: tuple[str, ...], changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Arguments(profile, **changes), Console(file=io.StringIO()))  # type: ignore[arg-type]
