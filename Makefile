@@ -11,7 +11,7 @@ LOCK := requirements-cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 EXTENSION := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup requirements demo test test-slow kernels-check benchmark lint clean
+.PHONY: help setup requirements demo test test-slow kernels-check benchmark lint docs dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,6 +22,8 @@ help:
 	@echo "make kernels-check  compile the CUDA kernels and their binding; registers and spills (needs nvcc, no GPU)"
 	@echo "make benchmark  time the kernels beside other implementations (minutes; see docs/kernels.md)"
 	@echo "make lint       ruff and mypy"
+	@echo "make docs       build the documentation into build/site and check its links"
+	@echo "make dist       build dist/*.tar.gz, and from it dist/*.whl with the compiled kernels"
 	@echo "make clean      remove what was built; .venv stays"
 
 setup: $(VENV)/.installed
@@ -49,8 +51,16 @@ lint: setup
 	$(RUN) -m ruff format --check
 	$(RUN) -m mypy
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+dist: setup
+	rm -rf dist
+	$(RUN) -m build --no-isolation --outdir dist .
+
 clean:
-	rm -rf build *.egg-info megatron_orz/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)/.installed
+	rm -rf build dist *.egg-info megatron_orz/_C.*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis $(VENV)/.installed
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 # The files below are stamps: each is touched when its step is done, and is older than what would change the step.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
@@ -33,8 +34,29 @@ def parse(defaults: Values, arguments: Sequence[str] | None = None) -> Values:
     """
     with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
         return tyro.cli(
-            type(defaults), args=arguments, default=defaults, console_outputs=rank() == 0, config=CHOICES_OF_DEFAULTS
+            type(defaults),
+            args=arguments,
+            default=defaults,
+            description=_description(),
+            console_outputs=rank() == 0,
+            config=CHOICES_OF_DEFAULTS,
         )
+
+
+def read_command(commands: Any, arguments: Sequence[str] | None = None) -> Any:
+    """The command line of a tool as the dataclass given, or as one of several: a mapping or a union of subcommands.
+
+    arguments: the command line; by default that of this process.
+    """
+    if isinstance(commands, Mapping):
+        return tyro.extras.subcommand_cli_from_dict(dict(commands), args=arguments, description=_description())
+    return tyro.cli(commands, args=arguments, description=_description())
+
+
+def _description() -> str | None:
+    """How help begins: with the docstring of the program, which holds examples, each on a line of its own."""
+    docstring = sys.modules["__main__"].__doc__
+    return docstring and re.sub(r"\n+ *(?=(python|torchrun|sh) )", "\n\n", docstring)
 
 
 class RunEnded(RuntimeError):

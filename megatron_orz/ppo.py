@@ -25,6 +25,7 @@ from megatron_orz.types import (
     Fleet,
     Grader,
     Metrics,
+    PackedBatch,
     Policy,
     Reference,
     Rollout,
@@ -54,21 +55,16 @@ def run(
     """Trains policy and critic until `config.ppo.num_steps` steps are done.
 
     algorithm: what rewards, advantages and losses are. A critic or reference it does not use says 0 of every token.
-    num_done: steps that policy, critic and prompts have behind them.
-    on_step_end: called with the number of steps done; nothing of a step is left over then.
+    num_done: steps behind policy, critic and prompts. on_step_end: called with the number of steps done, between two.
     evaluate: the held-out scores of the policy the fleet holds. record_rollouts: the metrics of a step's rollouts.
     """
-    ppo, interval = config.ppo, config.evaluation.interval
+    ppo = config.ppo
     for step in range(num_done, ppo.num_steps + 1):
         start = time.perf_counter()
         with log.span("sync"):
             fleet.update_weights(policy.hf_weights(), version=step)
-        is_last = step == ppo.num_steps
-        scores: Metrics = {}
-        if step % interval == 0 or is_last:
-            with log.span("evaluate"):
-                scores = evaluate()
-        if is_last:
+        scores = scores_if_due(step, config, evaluate, log)
+        if step == ppo.num_steps:
             log.record(step, scores)
             return
 
@@ -82,18 +78,8 @@ def run(
         metrics = record_rollouts(step, rollouts)
 
         # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda).
-        num_critic_updates, num_policy_updates = ppo.num_updates(step)
         with log.span("infer"):
-            batches = pack(
-                rollouts,
-                algorithm.rewards(rollouts),
-                max_pack_tokens=config.data.max_pack_tokens,
-                dp_size=ranks.dp_size,
-                dp_rank=ranks.dp_rank,
-                min_packs=max(num_policy_updates, num_critic_updates),
-                pad_multiple=ranks.pack_multiple,
-                seed=seed,
-            )
+            batches = pack_rollouts(rollouts, algorithm.rewards(rollouts), step, config, ranks)
             old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
             reference.refresh(step)
             ref_log_probs = reference.infer(batches)
@@ -103,11 +89,36 @@ def run(
                 experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
+        num_critic_updates, num_policy_updates = ppo.num_updates(step)
         metrics |= update("critic", critic, experience, num_critic_updates, algorithm.value_loss, log)
         metrics |= update("policy", policy, experience, num_policy_updates, algorithm.policy_loss, log)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         log.record(step, metrics | scores | {"tokens_per_s": num_tokens / (time.perf_counter() - start)})
         on_step_end(step + 1)
+
+
+def scores_if_due(step: int, config: Config, evaluate: Callable[[], Metrics], log: RunLog) -> Metrics:
+    """The held-out scores before the first step, at every interval and after the last step; else nothing."""
+    if step % config.evaluation.interval and step < config.ppo.num_steps:
+        return {}
+    with log.span("evaluate"):
+        return evaluate()
+
+
+def pack_rollouts(
+    rollouts: Sequence[Rollout], rewards: Sequence[float], step: int, config: Config, ranks: DataParallel
+) -> list[PackedBatch]:
+    """This rank's share of the rollouts, in at least as many packs as the step has updates."""
+    return pack(
+        rollouts,
+        rewards,
+        max_pack_tokens=config.data.max_pack_tokens,
+        dp_size=ranks.dp_size,
+        dp_rank=ranks.dp_rank,
+        min_packs=max(config.ppo.num_updates(step)),
+        pad_multiple=ranks.pack_multiple,
+        seed=rollout_seed(config.seed, step),
+    )
 
 
 def update(

@@ -80,7 +80,7 @@ def read_spans(path: Path) -> list[tuple[str, str, float, float]]:
     try:
         events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no timeline: {error}") from error
+        raise ValueError(f"{path} is no timeline ({error}); give that of a run with ppo.max_staleness 1") from error
     spans = [event for event in events if event["ph"] == "X"]
     first = min((event["ts"] for event in spans), default=0)
     return [(TRACKS[event["tid"]], event["name"], (event["ts"] - first) / 1e6, event["dur"] / 1e6) for event in spans]

@@ -31,7 +31,7 @@ from megatron_orz.ablation.results import read_results, read_run
 from megatron_orz.ablation.runs import command, make
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.benchmark.environment import describe
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.evaluation.records import write_json
 
 
@@ -71,9 +71,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run in progress as an interrupt does
     with plain_errors():
         own, options = split_options(sys.argv[1:])
-        # The help keeps the lines of paragraphs apart, and no others.
-        description = (__doc__ or "").replace("\npython", "\n\npython")
-        arguments = tyro.cli(Arguments, args=own, description=description)
+        arguments = read_command(Arguments, own)
         if arguments.show:
             show_sets()
             return

@@ -8,7 +8,6 @@ python tools/convert.py inspect --input models/base-megatron
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType
 from megatron_orz.conversion.convert import Conversion, plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.conversion.inspection import list_tensors
@@ -93,16 +93,12 @@ Command: TypeAlias = (
 
 
 def main() -> None:
-    command: Command = tyro.cli(Command, description=__doc__)
-    try:
-        sys.exit(run(command))
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
-    except (ValueError, RuntimeError) as error:
-        if os.environ.get("ORZ_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    with plain_errors():
+        command: Command = read_command(Command)
+        try:
+            sys.exit(run(command))
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command goes on from here")
 
 
 def run(command: Command) -> int:

@@ -16,14 +16,13 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-import tyro
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.critic_analysis.contrast import CONFIDENCE, Contrast, contrasts
 from megatron_orz.critic_analysis.page import contrast_cells, render_page
 from megatron_orz.critic_analysis.values import ValuedResponse, load_critic, value_responses
@@ -67,7 +66,7 @@ class Arguments:
 
 def main() -> None:
     with plain_errors():
-        arguments, console = tyro.cli(Arguments), Console(highlight=False)
+        arguments, console = read_command(Arguments), Console(highlight=False)
         files = [file for path in arguments.generations for file in find_generations(path)]
         with console.status("reading the generations and loading the critic"):
             generations = [generation for file in files for generation in read_generations(file)]

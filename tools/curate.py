@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
 from megatron_orz.data.curation.answers import judge_answers
 from megatron_orz.data.curation.collect import Columns
@@ -119,7 +119,7 @@ Command: TypeAlias = (
 
 def main() -> None:
     with plain_errors():
-        command: Command = tyro.cli(Command, description=__doc__)
+        command: Command = read_command(Command)
         match command:
             case Run():
                 run(command)

@@ -22,7 +22,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
 from megatron_orz.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_orz.evaluation.compare import compare
@@ -110,7 +110,9 @@ class Run:
             )
         names = [path.stem for path in self.data]
         if len(set(names)) < len(names):
-            raise ValueError(f"data holds two files of the same name ({', '.join(names)}), as their records are named")
+            raise ValueError(
+                f"data holds two files of the same name ({', '.join(names)}), as their records are named; rename one"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ Command: TypeAlias = (
 def main() -> None:
     with plain_errors():
         # The help keeps the lines of paragraphs apart, and no others.
-        command: Command = tyro.cli(Command, description=(__doc__ or "").replace("\npython", "\n\npython"))
+        command: Command = read_command(Command)
         match command:
             case Run():
                 run(command)

@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, ParallelConfig, Recompute
 from megatron_orz.engine.architecture import Architecture, read_architecture
 from megatron_orz.engine.memory import BYTES, ModelMemory, fullest_stage, kv_cache_bytes, num_parameters
@@ -202,9 +202,7 @@ def suggest_layout(arguments: Arguments) -> None:
 
 def main() -> None:
     with plain_errors():
-        arguments: Arguments | simulation.Arguments = tyro.extras.subcommand_cli_from_dict(
-            {"layout": Arguments, "simulate": simulation.Arguments}, description=__doc__
-        )
+        arguments = read_command({"layout": Arguments, "simulate": simulation.Arguments})
         if isinstance(arguments, Arguments):
             suggest_layout(arguments)
         else:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.curves import draw_curves
 from megatron_orz.logs import METRICS_FILE
 
@@ -27,7 +27,7 @@ class Arguments:
 
 def main() -> None:
     with plain_errors():
-        arguments = tyro.cli(Arguments)
+        arguments = read_command(Arguments)
         metrics_paths = [run_dir / METRICS_FILE for run_dir in arguments.run_dirs]
         if not metrics_paths:
             raise ValueError("no run directory is named; give at least one")

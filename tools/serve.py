@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig
 from megatron_orz.rollout.transports import SERVER_ARGUMENTS
 from megatron_orz.rollout.vllm_server import vllm_launch
@@ -42,8 +42,8 @@ class Arguments:
 
 def main() -> None:
     """Replaces this process by the server."""
-    arguments = tyro.cli(Arguments)
     with plain_errors():
+        arguments = read_command(Arguments)
         fleet = FleetConfig(
             port=arguments.port,
             server_tp=arguments.tp,

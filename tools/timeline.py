@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tyro
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.timeline import TIMELINE_FILE, draw_timeline
 
 
@@ -24,9 +24,9 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
-    output = arguments.output or arguments.run_dir / "timeline.png"
     with plain_errors():
+        arguments = read_command(Arguments)
+        output = arguments.output or arguments.run_dir / "timeline.png"
         draw_timeline(arguments.run_dir / TIMELINE_FILE, output)
         print(output)
 

@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.generations import Generation, find_generations, read_generations
 from megatron_orz.printable import printable
 from megatron_orz.types import FinishReason
@@ -79,7 +79,7 @@ class Arguments:
 
 def main() -> None:
     with plain_errors():
-        arguments, console = tyro.cli(Arguments), Console(highlight=False)
+        arguments, console = read_command(Arguments), Console(highlight=False)
         files = find_generations(arguments.path)
         if not arguments.is_filtered and arguments.path.is_dir():
             console.print(steps_table(files, console))

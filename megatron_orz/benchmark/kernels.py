@@ -62,7 +62,7 @@ class Arguments:
         for name in self.shape:
             parse_shape(name)
         if OURS in self.without:
-            raise ValueError(f"without has {OURS}, beside which everything else is measured")
+            raise ValueError(f"without has {OURS}, beside which everything else is measured; leave it out")
 
 
 @dataclass(frozen=True)

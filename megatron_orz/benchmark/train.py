@@ -100,7 +100,7 @@ class Arguments:
                 "raise it, or lower max_response_tokens"
             )
         if OURS in self.without:
-            raise ValueError(f"without has {OURS}, beside which everything else is measured")
+            raise ValueError(f"without has {OURS}, beside which everything else is measured; leave it out")
 
     @property
     def weights_dtype(self) -> DType:

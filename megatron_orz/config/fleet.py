@@ -87,7 +87,7 @@ class FleetConfig:
         for url in self.urls:
             require(
                 url.startswith(("http://", "https://")),
-                f"fleet.urls holds {url!r}, which is no http:// or https:// address",
+                f"fleet.urls holds {url!r}, which is no http:// or https:// address; give http://host:port",
             )
         require(
             not (self.colocated and self.urls),
@@ -97,7 +97,7 @@ class FleetConfig:
             not (self.colocated and self.kind == "local"),
             "fleet.colocated is about servers, and fleet.kind is local; set it to false",
         )
-        require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice")
+        require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice; name each once")
         num_servers = len(self.urls) or self.num_servers
         require(
             self.min_servers <= num_servers,
@@ -106,7 +106,7 @@ class FleetConfig:
         require(
             not self.gpus or len(self.gpus) == self.num_servers * self.server_tp,
             f"fleet.gpus names {len(self.gpus)} GPUs, but {self.num_servers} servers of {self.server_tp} GPUs need "
-            f"{self.num_servers * self.server_tp}",
+            f"{self.num_servers * self.server_tp}; name as many, or none",
         )
 
     def server_gpus(self, index: int, *, num_gpus: int) -> tuple[int, ...]:

@@ -113,7 +113,7 @@ class ParallelConfig:
         require(
             not self.chunk_layers or len(self.chunk_layers) == self.pp * self.vpp,
             f"parallel.chunk_layers has {len(self.chunk_layers)} entries, but pp*vpp = {self.pp}*{self.vpp} chunks "
-            "need one each",
+            "need one each; give as many, or none",
         )
         require(
             all(count >= 1 for count in self.chunk_layers),

@@ -66,5 +66,8 @@ class TrackingConfig:
     """Where the trackers file the run, under the name of its directory."""
 
     def __post_init__(self) -> None:
-        require(len(set(self.trackers)) == len(self.trackers), f"tracking.trackers {self.trackers} names one twice")
+        require(
+            len(set(self.trackers)) == len(self.trackers),
+            f"tracking.trackers {self.trackers} names one twice; name each once",
+        )
         require(self.project != "", "tracking.project is empty; name a project")

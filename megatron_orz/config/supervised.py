@@ -31,7 +31,9 @@ class ConversationConfig:
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train names no file; give at least one file of conversations")
-        require(self.max_tokens >= 2, f"data.max_tokens {self.max_tokens} < 2: nothing follows a single token")
+        require(
+            self.max_tokens >= 2, f"data.max_tokens {self.max_tokens} < 2: nothing follows a single token; raise it"
+        )
         names = [path.stem for path in self.held_out]
         require(
             len(set(names)) == len(names),

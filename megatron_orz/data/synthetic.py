@@ -39,7 +39,7 @@ class ArithmeticTask:
     def __post_init__(self) -> None:
         fewest, most = self.num_terms
         if not 2 <= fewest <= most:
-            raise ValueError(f"num_terms {self.num_terms} is not a range that starts at 2 or more")
+            raise ValueError(f"num_terms {self.num_terms} must be a range that starts at 2 or more")
         if self.max_term < 1:
             raise ValueError(f"max_term {self.max_term} < 1")
         for name in ("step_error", "format_error"):

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_orz.command_line import read_command
 from megatron_orz.doctor.findings import Finding, Verdict, ill, well
 from megatron_orz.doctor.machine import DRIVER, check_machine
 from megatron_orz.doctor.matrix import MATRIX, Target
@@ -57,7 +57,7 @@ class Arguments:
 
 def run(console: Console) -> int:
     """Reads the command line, prints the findings, and returns the exit code."""
-    arguments = tyro.cli(Arguments)
+    arguments = read_command(Arguments)
     target: Target = arguments.target or ("cuda" if DRIVER.exists() else "cpu")
     with Console(stderr=True).status("looking"):
         findings = list(look(arguments, target))

@@ -87,7 +87,7 @@ class Architecture:
         if self.experts and tp > 1 and not parallel.sequence_parallel:
             raise ValueError(
                 f"a model with experts on parallel.tp {tp} needs parallel.sequence_parallel, "
-                "or every tensor-parallel rank would route every token"
+                "or every tensor-parallel rank would route every token; set it"
             )
         layers_of_chunks(self.num_layers, parallel)
 
@@ -106,13 +106,17 @@ def read_architecture(path: Path) -> Architecture:
         raise ValueError(f"{error}; copy the checkpoint again") from error
     family = str(options.get("model_type") if isinstance(options, dict) else None)
     if family not in FAMILIES:
-        raise ValueError(f"{config_file}: model_type {family!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{config_file}: model_type {family!r} is not one of {', '.join(FAMILIES)}; choose another model"
+        )
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers checks options with errors of many types
         raise ValueError(f"{config_file} is not one transformers reads ({error}); mend or copy it again") from error
     for option, found, supported in _unsupported_options(config):
-        raise ValueError(f"{config_file}: {option} = {found!r} is not supported, only {supported}")
+        raise ValueError(
+            f"{config_file}: {option} = {found!r} is not supported, only {supported}; choose another model"
+        )
     return Architecture(
         family=family,
         num_layers=config.num_hidden_layers,

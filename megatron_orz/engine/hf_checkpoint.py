@@ -48,7 +48,7 @@ class HFCheckpoint:
     def _check_score_bias(self) -> None:
         """The value head has no bias: transformers wants one in the file, and it has to be zero."""
         if "score.bias" in self.files and self.read("score.bias", (1,)).any():
-            raise ValueError(f"{self.path}: score.bias is not zero, but the value head has no bias")
+            raise ValueError(f"{self.path}: score.bias is not zero, but the value head has no bias; remove it")
 
     def dtype(self, tensors: Mapping[str, tuple[int, ...]]) -> torch.dtype:
         """The type the tensors share; their data is not read.
@@ -90,7 +90,10 @@ class HFCheckpoint:
         """The type of the tensor."""
         shape, dtype = self.shape_and_dtype(name)
         if shape != expected:
-            raise ValueError(f"{self.path}: {name} has shape {list(shape)}, config.json asks for {list(expected)}")
+            raise ValueError(
+                f"{self.path}: {name} has shape {list(shape)}, config.json asks for {list(expected)}; "
+                "copy the checkpoint again"
+            )
         return dtype
 
     def _open(self, name: str) -> Any:

@@ -155,7 +155,10 @@ class TorchDistCheckpoint:
             expected = (architecture.experts.num_experts, *expected)
         padded = isinstance(entry.layout, Vocabulary) and found[0] >= expected[0] and found[1:] == expected[1:]
         if found != expected and not padded:
-            raise ValueError(f"{self.path}: {key} has shape {list(found)}, config.json asks for {list(expected)}")
+            raise ValueError(
+                f"{self.path}: {key} has shape {list(found)}, config.json asks for {list(expected)}; "
+                "give it the config.json it was saved with"
+            )
 
     def _read_chunk(self, key: str, offsets: tuple[int, ...]) -> Tensor:
         info = self._storage[key, offsets]
@@ -229,4 +232,4 @@ def _check_format(file: Path) -> None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} does not describe a distributed checkpoint ({error!r}); copy it again") from error
     if backend != FORMAT["sharded_backend"]:
-        raise ValueError(f"{file}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
+        raise ValueError(f"{file}: sharded_backend {backend!r} is not supported, only 'torch_dist'; save it so")

@@ -86,7 +86,7 @@ def load_benchmark(
         items.append(Item(key=key, problem=problem, prompt=prompt))
     if not items:
         first = f", the first of them: {dropped[0]}" if dropped else ""
-        raise ValueError(f"{path}: none of its {num_rows} rows can be asked and graded{first}")
+        raise ValueError(f"{path}: none of its {num_rows} rows can be asked and graded{first}; see docs/evaluation.md")
     return Benchmark(name=path.stem, path=path, items=tuple(items[:max_items]), dropped=tuple(dropped))
 
 

@@ -61,7 +61,9 @@ class Setting:
             )
         num_updates = max(profile.training.num_critic_updates, profile.training.num_policy_updates)
         if self.num_prompts * self.num_responses < num_updates:
-            raise ValueError(f"a step of {self.num_prompts * self.num_responses} rollouts has {num_updates} updates")
+            raise ValueError(
+                f"a step of {self.num_prompts * self.num_responses} rollouts has {num_updates} updates; draw more"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

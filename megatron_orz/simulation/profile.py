@@ -87,7 +87,9 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not self.groups or any(min(group, default=0) < 1 for group in self.groups):
-            raise ValueError(f"profile {self.name} has a prompt without responses, or a response without tokens")
+            raise ValueError(
+                f"profile {self.name} has a prompt without responses, or a response without tokens; remove it"
+            )
         if self.longest > self.max_pack_tokens:
             raise ValueError(
                 f"profile {self.name} has a response of {self.longest} tokens with its prompt, and packs of "
@@ -95,7 +97,7 @@ class Profile:
             )
         described = {field.name for field in fields(self)} - {"name", "sources"}
         if missing := sorted(described - set(self.sources)):
-            raise ValueError(f"profile {self.name} does not say where {', '.join(missing)} is from")
+            raise ValueError(f"profile {self.name} does not say where {', '.join(missing)} is from; add it to sources")
 
     @property
     def longest(self) -> int:

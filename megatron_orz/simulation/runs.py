@@ -86,7 +86,9 @@ def read_run(run_dir: Path) -> MeasuredRun:
             steps=[_step(run_dir, row) for row in read_metrics(run_dir / METRICS_FILE)[1:] if "time/generate_s" in row],
         )
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{run_dir / 'config.json'} is not the config of a run: {error!r}") from error
+        raise ValueError(
+            f"{run_dir / 'config.json'} is not the config of a run ({error!r}); name a run's directory"
+        ) from error
     if not run.steps:
         raise ValueError(f"{run_dir} has no step after its first one; give a run of at least 2 steps")
     return run

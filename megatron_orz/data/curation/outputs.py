@@ -74,7 +74,7 @@ def read_decision(directory: Path, row: int) -> dict[str, Any]:
         raise ValueError(f"{path}: no such file; name the --output of a finished curation")
     table = parquet.read_table(path)
     if not 0 <= row < table.num_rows:
-        raise ValueError(f"row {row} is outside the {table.num_rows} rows of {path}, which count from 0")
+        raise ValueError(f"row {row} is outside the {table.num_rows} rows of {path}; rows count from 0")
     decision: dict[str, Any] = table.slice(row, 1).to_pylist()[0]
     return decision
 

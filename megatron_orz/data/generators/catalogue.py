@@ -19,7 +19,7 @@ def make(task: str, *, level: int, num_problems: int, seed: int) -> Iterator[Mad
     if task.startswith(REASONING_GYM):
         return _from_reasoning_gym(task.removeprefix(REASONING_GYM), level, num_problems, seed)
     if task not in TASKS:
-        raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}, and does not begin with {REASONING_GYM!r}")
+        raise ValueError(f"task {task!r} is none of {', '.join(TASKS)}; give one of them, or {REASONING_GYM}NAME")
     return TASKS[task].make(level=level, num_problems=num_problems, seed=seed)
 
 
@@ -30,7 +30,7 @@ def _from_reasoning_gym(name: str, level: int, num_problems: int, seed: int) -> 
     except ImportError as error:
         raise ValueError(f"reasoning-gym cannot be imported ({error}); run pip install reasoning-gym") from error
     if name not in CURRICULA:
-        raise ValueError(f"reasoning-gym has no curriculum named {name!r}, only {', '.join(sorted(CURRICULA))}")
+        raise ValueError(f"reasoning-gym has no curriculum named {name!r}; give one of {', '.join(sorted(CURRICULA))}")
     curriculum = create_curriculum(name)
     max_level = max((len(attribute.levels) for attribute in curriculum.attributes.values()), default=1)
     if not 1 <= level <= max_level:
