@@ -14,6 +14,7 @@ import torch
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.servers import MODEL_NAME, Launch, base_environment, free_port, visible_gpus
 from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
+from megatron_orz.rollout.vllm_spans import SERVER_ARGUMENTS
 
 _PACKAGE_ROOT = Path(__file__).parents[2]
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -61,6 +62,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",
+        *(SERVER_ARGUMENTS if fleet.swaps_within_responses else ()),
     ]
     if on_cuda:
         asleep = ["--enable-sleep-mode"] if fleet.colocated else []
