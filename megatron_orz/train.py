@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
+from megatron_orz.ahead import GenerationAhead
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.recipe import recipe_of
 from megatron_orz.checkpoint.step_end import StepEnd
@@ -91,7 +92,14 @@ def train(config: Config) -> None:
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = ResponseGrader(verifier, tokenizer, ranks)
         stream = PromptStream(prompts, seed=config.seed, cursor=run.done.prompt_cursor)
+        timeline = None
+        if is_main and config.ppo.max_staleness:
+            timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
+            log.listen(timeline.on_trainer)
+        step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline, is_main=is_main)
         parts = models.parts()
+        if isinstance(step_fleet, GenerationAhead):
+            parts["ahead"] = step_fleet
         run.restore(parts)
         template = chat_template(config.data.template)
         step_end = StepEnd(
@@ -115,11 +123,6 @@ def train(config: Config) -> None:
             log.include(meter.metrics)
             record_rollouts = meter.observing(record_rollouts)
         num_responses = config.evaluation.num_responses
-        timeline = None
-        if is_main and config.ppo.max_staleness:
-            timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
-            log.listen(timeline.on_trainer)
-        step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline)
         policy, critic, reference, step_fleet = in_turns(config, models, fleet, step_fleet, log)
         ppo.run(
             config,
