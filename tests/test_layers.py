@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics": {"types", "config", "ranks", "algorithms", "ops", "logs", "generations"},
     "curves": {"types", "logs.read_metrics"},
     "engine": {"types", "config", "ops", "algorithms.losses", "json_file"},
-    "rollout": {"types", "config", "ranks"},
+    "rollout": {"types", "config", "ranks", "ops"},
     "evaluation": {"types", "config", "data", "rewards"},
     "resampling": {"types", "data"},
     "colocation": {"types"},

@@ -163,3 +163,47 @@ def longest_previous_factor(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
             common = torch.where(tokens[start:t] == tokens[t], common[1 : t - start + 1] + 1, 0)
             lengths[t] = common.max()
     return lengths
+
+
+def slot_attention(
+    query: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float, window: int
+) -> Tensor:
+    """softmax(scale q_bh . K) V, K and V the first lengths_b tokens of slot slots_b, or the last `window` > 0 of them.
+
+    query: [B, heads, d]; keys, values: [S, kv_heads, C, d], finite everywhere; slots, lengths: [B]. [B, heads, d].
+    """
+    num_kv_heads = keys.shape[1]
+    longest = int(lengths.max()) if len(lengths) else 0
+    position = torch.arange(longest, device=lengths.device)
+    is_visible = position < lengths[:, None]
+    if window:
+        is_visible &= position >= lengths[:, None] - window
+    # Query heads that share a key-value head see the same keys: they can be the positions of one query.
+    out = F.scaled_dot_product_attention(
+        query.unflatten(1, (num_kv_heads, -1)),
+        keys[slots, :, :longest],
+        values[slots, :, :longest],
+        attn_mask=is_visible[:, None, None],
+        scale=scale,
+    )
+    return out.flatten(1, 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x_i (mean_j x_j^2 + eps)^(-1/2) w_i over the last dimension. x: [..., H]; weight: [H]."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a) b for rows [a, b], where silu(a) = a / (1 + e^-a). x: [..., 2 F]. Returns [..., F]."""
+    gate, linear = x.chunk(2, dim=-1)
+    return F.silu(gate) * linear
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (x_i, x_{i + d/2}) as complex numbers x_i + j x_{i + d/2}, times cos + j sin.
+
+    x: [T, heads, d]; cos, sin: [T, d/2].
+    """
+    (left, right), cos, sin = x.chunk(2, dim=-1), cos[:, None], sin[:, None]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

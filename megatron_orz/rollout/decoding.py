@@ -1,32 +1,35 @@
-"""Responses of a transformers model to a batch of prompts: one prefill per prompt, then one token per row and step."""
+"""Responses of a transformers model by continuous batching: a response that ends makes room for the next one.
+
+A row of the batch is a growing response. Every step feeds each row its last token and draws the next; what is asked of
+rows is asked of all at once, and Python sees a single response only when it ends, or may have completed a stop string.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from megatron_orz.config import SamplingConfig
-from megatron_orz.rollout.kv_cache import growing_cache
-from megatron_orz.rollout.sampling import StopStrings, draw, sampling_log_probs
+from megatron_orz.rollout.sampling import Endings, draw, sampling_log_probs
+from megatron_orz.rollout.slots import NextTokens, Prefill, SlotCache
 from megatron_orz.types import FinishReason
 
-_COMPACT_BELOW = 7 / 8
-"""Share of rows still growing under which the finished ones are dropped from the batch. Dropping copies the cache,
-which costs about as much as one step reads of it."""
+_REFILL_SHARE = 1 / 8
+"""Share of the slots that must be free before others are let in: a prefill of few rows keeps many waiting."""
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Response:
-    """One response while it grows."""
+    """One response as it was drawn."""
 
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    token_ids: list[int]
+    log_probs: list[float]
+    finish_reason: FinishReason
 
 
 @torch.inference_mode()
@@ -34,85 +37,153 @@ def decode(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     prompt_of_row: Sequence[int],
-    uniforms: Tensor,
+    uniforms: Callable[[int], Tensor],
     *,
+    max_rows: int,
     sampling: SamplingConfig,
-    eos_ids: frozenset[int],
-    stop_strings: StopStrings,
+    endings: Endings,
     on_finished: Callable[[], None],
 ) -> list[Response]:
-    """Draws one response per row; row i answers `prompts[prompt_of_row[i]]` with the random numbers `uniforms[i]`.
+    """Draws one response per row; row i answers `prompts[prompt_of_row[i]]` with the random numbers `uniforms(i)`.
 
-    uniforms: [rows, max_response_tokens] float64. Siblings share the prefill of their prompt.
+    uniforms: [max_response_tokens] float64 for each row. At most `max_rows` responses grow at a time. Siblings that
+    begin together share the prefill of their prompt. Raises RuntimeError when the logits are not numbers.
     """
-    device = model.device
-    responses = [Response() for _ in prompt_of_row]
-    input_ids, is_token = _left_padded(prompts, device)
-    rows = torch.tensor(prompt_of_row, device=device)
-    uniforms = uniforms.to(device)
-
-    cache = growing_cache(model.config)
-    is_padded = not bool(is_token.all())
-    prompt_length = is_token.sum(-1)
-    logits = model(
-        input_ids=input_ids,
-        attention_mask=is_token if is_padded else None,
-        position_ids=(is_token.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        logits_to_keep=1,
-    ).logits[:, -1]
-
-    # From here on a row is a response. `growing` maps rows to responses.
-    cache.batch_select_indices(rows)
-    logits, prompt_length, is_token = logits[rows], prompt_length[rows], is_token[rows]
-    growing = list(range(len(responses)))
-    for step in range(sampling.max_response_tokens):
-        log_probs = sampling_log_probs(logits, sampling)
-        tokens = draw(log_probs, uniforms[:, step])
-        chosen = log_probs.gather(-1, tokens[:, None]).squeeze(-1).tolist()
-        if math.isnan(sum(chosen)):
-            raise RuntimeError("the model's logits are not numbers (NaN): its weights have diverged")
-        is_last = step + 1 == sampling.max_response_tokens
-        for index, token, log_prob in zip(growing, tokens.tolist(), chosen, strict=True):
-            response = responses[index]
-            if response.finish_reason is not None:
-                continue
-            response.token_ids.append(token)
-            response.log_probs.append(log_prob)
-            if token in eos_ids or stop_strings.completed_by(response.token_ids):
-                response.finish_reason = "stop"
-            elif is_last:
-                response.finish_reason = "length"
-            if response.finish_reason is not None:
-                on_finished()
-
-        unfinished = [row for row, index in enumerate(growing) if responses[index].finish_reason is None]
-        if not unfinished:
-            break
-        if len(unfinished) <= _COMPACT_BELOW * len(growing):
-            kept = torch.tensor(unfinished, device=device)
-            cache.batch_select_indices(kept)
-            tokens, prompt_length, is_token, uniforms = (
-                values[kept] for values in (tokens, prompt_length, is_token, uniforms)
+    responses: dict[int, Response] = {}
+    num_rows = len(prompt_of_row)
+    batch = _Batch(model, sampling, endings, num_slots=min(max_rows, num_rows))
+    num_begun = 0
+    while num_begun < num_rows or batch.num_growing:
+        num_new = min(len(batch.free), num_rows - num_begun)
+        if not batch.num_growing or num_new >= max(1, _REFILL_SHARE * max_rows):
+            rows = range(num_begun, num_begun + num_new)
+            num_begun += num_new
+            batch.begin(
+                rows,
+                [prompt_of_row[row] for row in rows],
+                prompts,
+                torch.stack([uniforms(row) for row in rows]),
+                is_last=num_begun == num_rows,
             )
-            growing = [growing[row] for row in unfinished]
-        if is_padded:
-            is_token = torch.nn.functional.pad(is_token, (0, 1), value=True)
-        logits = model(
-            input_ids=tokens[:, None],
-            attention_mask=is_token if is_padded else None,
-            position_ids=prompt_length[:, None] + step,
-            past_key_values=cache,
-        ).logits[:, -1]
-    return responses
+        for row, response in batch.step():
+            responses[row] = response
+            on_finished()
+    return [responses[row] for row in range(num_rows)]
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Prompts that end together: token ids [P, longest] int64, and [P, longest] bool, False on the padding."""
-    longest = max(map(len, prompts))
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    is_token = torch.zeros(len(prompts), longest, dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        is_token[row, longest - len(prompt) :] = True
-    return input_ids.to(device), is_token.to(device)
+class _Batch:
+    """The responses that grow. Letters: S slots, n growing responses."""
+
+    def __init__(self, model: PreTrainedModel, sampling: SamplingConfig, endings: Endings, *, num_slots: int) -> None:
+        self._model, self._sampling, self._endings = model, sampling, endings
+        self._cache = SlotCache(num_slots=num_slots)
+        self._is_last = False
+        self.free = list(range(num_slots))
+        shape, device = (num_slots, sampling.max_response_tokens), model.device
+        # Of slots:
+        self._tokens = torch.zeros(shape, dtype=torch.int64)  # [S, max_response_tokens] on the CPU, as all three
+        self._log_probs = torch.zeros(shape, dtype=torch.float32)
+        self._uniforms = torch.zeros(shape, dtype=torch.float64)
+        # Of growing responses, [n] int64:
+        self._rows = self._slots = self._num_drawn = torch.zeros(0, dtype=torch.int64)
+        self._lengths = self._last = torch.zeros(0, dtype=torch.int64, device=device)
+
+    @property
+    def num_growing(self) -> int:
+        return len(self._rows)
+
+    def begin(
+        self,
+        rows: Sequence[int],
+        prompt_of_row: Sequence[int],
+        prompts: Sequence[Sequence[int]],
+        uniforms: Tensor,
+        *,
+        is_last: bool,
+    ) -> None:
+        """Puts one response per row into free slots. is_last: no others will follow."""
+        self._is_last = is_last
+        slots = torch.tensor([self.free.pop() for _ in rows])
+        self._uniforms[slots] = uniforms
+        self._rows = torch.cat([self._rows, torch.tensor(rows)])
+        self._slots = torch.cat([self._slots, slots])
+        self._num_drawn = torch.cat([self._num_drawn, torch.zeros_like(slots)])
+        device = self._model.device
+        # The last token of a prompt is the first to be fed: its logits are those of the first of the response.
+        lengths = torch.tensor([len(prompts[index]) - 1 for index in prompt_of_row], device=device)
+        self._lengths = torch.cat([self._lengths, lengths])
+        self._last = torch.cat([self._last, torch.tensor([prompts[i][-1] for i in prompt_of_row], device=device)])
+        longest = int(lengths.max())
+        self._make_room(longest + 1)
+        if longest > 0:
+            distinct = list(dict.fromkeys(prompt_of_row))
+            place = {index: place for place, index in enumerate(distinct)}
+            prefill = Prefill(
+                cache=self._cache,
+                slots=self._slots[-len(rows) :].to(device),
+                prompt_of_slot=torch.tensor([place[index] for index in prompt_of_row], device=device),
+            )
+            heads = [torch.tensor(prompts[index][:-1], dtype=torch.int64) for index in distinct]
+            self._run(pad_sequence(heads, batch_first=True).to(device), torch.arange(longest, device=device), prefill)
+
+    def step(self) -> Iterator[tuple[int, Response]]:
+        """Draws one token for every row. The rows that end with it, and their responses."""
+        self._make_room(int(self._lengths.max()) + 1)
+        slots = self._slots.to(self._last.device)
+        next_tokens = NextTokens(cache=self._cache, slots=slots, lengths=self._lengths)
+        logits = self._run(self._last[:, None], self._lengths[:, None], next_tokens)
+        log_probs = sampling_log_probs(logits, self._sampling)
+        place = self._slots, self._num_drawn
+        self._last = draw(log_probs, self._uniforms[place].to(log_probs.device))
+        self._lengths = self._lengths + 1
+        self._log_probs[place] = log_probs.gather(-1, self._last[:, None]).squeeze(-1).cpu()
+        self._tokens[place] = tokens = self._last.cpu()
+        if self._log_probs[place].isnan().any():
+            raise RuntimeError("the model's logits are not numbers (NaN): its weights have diverged")
+        self._num_drawn = self._num_drawn + 1
+
+        is_stopped = self._endings.reached(tokens, self._response_ids)
+        is_over = is_stopped | (self._num_drawn == self._sampling.max_response_tokens)
+        if not is_over.any():
+            return
+        for index in is_over.nonzero().squeeze(1).tolist():
+            slot, num_tokens = int(self._slots[index]), int(self._num_drawn[index])
+            yield (
+                int(self._rows[index]),
+                Response(
+                    token_ids=self._tokens[slot, :num_tokens].tolist(),
+                    log_probs=self._log_probs[slot, :num_tokens].tolist(),
+                    finish_reason="stop" if is_stopped[index] else "length",
+                ),
+            )
+            self.free.append(slot)
+        self._rows, self._slots, self._num_drawn = (x[~is_over] for x in (self._rows, self._slots, self._num_drawn))
+        grows = (~is_over).to(self._last.device)
+        self._lengths, self._last = self._lengths[grows], self._last[grows]
+
+    def _response_ids(self, index: int, num_last: int) -> list[int]:
+        """The last tokens of a growing response, at most `num_last`."""
+        slot, end = int(self._slots[index]), int(self._num_drawn[index])
+        return self._tokens[slot, max(0, end - num_last) : end].tolist()
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, rows: Prefill | NextTokens) -> Tensor:
+        """The logits of the last position, [n, V]. input_ids: [n, L]; position_ids: [n, L] or [L]."""
+        position_ids = position_ids.expand_as(input_ids)
+        output = self._model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1, rows=rows
+        )
+        return output.logits[:, -1]
+
+    def _make_room(self, num_tokens: int) -> None:
+        """Room for this many tokens in every slot. Slots that will not be used any more are given up on the way."""
+        if num_tokens <= self._cache.capacity:
+            return
+        kept = self._slots
+        order = torch.cat([kept, torch.tensor(self.free, dtype=torch.int64)])
+        order = order[: len(kept)] if self._is_last else order
+        self._cache.grow(num_tokens, kept.to(self._last.device), num_slots=len(order))
+        self._tokens, self._log_probs, self._uniforms = (
+            x[order] for x in (self._tokens, self._log_probs, self._uniforms)
+        )
+        self._slots = torch.arange(len(kept))
+        self.free = list(range(len(kept), len(order)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,8 +11,8 @@ from megatron_orz.config import ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.decoding import decode
-from megatron_orz.rollout.grouped_attention import GROUPED_SDPA
-from megatron_orz.rollout.sampling import StopStrings, uniforms
+from megatron_orz.rollout.sampling import Endings, StopStrings, uniforms
+from megatron_orz.rollout.slots import SLOTS
 from megatron_orz.rollout.wire import RolloutArrays
 from megatron_orz.types import NamedWeights, Prompt, Rollout
 
@@ -33,14 +33,15 @@ class LocalFleet:
         self._model = AutoModelForCausalLM.from_pretrained(
             model.path,
             dtype=model.dtype,
-            attn_implementation=GROUPED_SDPA,
+            attn_implementation=SLOTS,
             local_files_only=True,
             trust_remote_code=False,
         )
         self._model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval().requires_grad_(False)
         tokenizer = AutoTokenizer.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
-        self._stop_strings = StopStrings(tokenizer, sampling.stop)
-        self._eos_ids = _eos_ids(self._model.generation_config.eos_token_id, tokenizer.eos_token_id)
+        eos_ids = _eos_ids(self._model.generation_config.eos_token_id, tokenizer.eos_token_id)
+        stop_strings = StopStrings(tokenizer, sampling.stop)
+        self._endings = Endings(eos_ids, stop_strings, vocab_size=self._model.get_output_embeddings().weight.shape[0])
         self._sampling = sampling
         self._ranks = ranks
         self._max_batch_rollouts = max_batch_rollouts
@@ -108,38 +109,31 @@ class LocalFleet:
         on_rollout: Callable[[], None],
     ) -> list[Rollout]:
         """The rollouts for the prompts at `indices`, in that order."""
-        rollouts: dict[tuple[int, int], Rollout] = {}
-        # Prompts of similar length share a batch, which keeps the padding short.
+        # Prompts of similar length are prefilled together, which keeps the padding short.
         by_length = sorted(indices, key=lambda index: len(prompts[index].token_ids))
         rows = [(index, sibling) for index in by_length for sibling in range(num_responses)]
-        for batch in _batches(rows, self._max_batch_rollouts):
-            batch_prompts = list(dict.fromkeys(index for index, _ in batch))
-            place = {index: place for place, index in enumerate(batch_prompts)}
-            responses = decode(
-                self._model,
-                [prompts[index].token_ids for index in batch_prompts],
-                [place[index] for index, _ in batch],
-                torch.stack([uniforms(seed, *row, self._sampling.max_response_tokens) for row in batch]),
-                sampling=self._sampling,
-                eos_ids=self._eos_ids,
-                stop_strings=self._stop_strings,
-                on_finished=on_rollout,
+        place = {index: place for place, index in enumerate(by_length)}
+        responses = decode(
+            self._model,
+            [prompts[index].token_ids for index in by_length],
+            [place[index] for index, _ in rows],
+            lambda row: uniforms(seed, *rows[row], self._sampling.max_response_tokens),
+            max_rows=self._max_batch_rollouts,
+            sampling=self._sampling,
+            endings=self._endings,
+            on_finished=on_rollout,
+        )
+        rollouts = {
+            row: Rollout(
+                prompt=prompts[row[0]],
+                response_ids=response.token_ids,
+                rollout_log_probs=response.log_probs,
+                finish_reason=response.finish_reason,
+                policy_version=self._version,
             )
-            for row, response in zip(batch, responses, strict=True):
-                assert response.finish_reason is not None
-                rollouts[row] = Rollout(
-                    prompt=prompts[row[0]],
-                    response_ids=response.token_ids,
-                    rollout_log_probs=response.log_probs,
-                    finish_reason=response.finish_reason,
-                    policy_version=self._version,
-                )
+            for row, response in zip(rows, responses, strict=True)
+        }
         return [rollouts[index, sibling] for index in indices for sibling in range(num_responses)]
-
-
-def _batches(rows: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def _eos_ids(*configured: int | list[int] | None) -> frozenset[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Protocol
 
@@ -69,6 +69,25 @@ def draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
     return tokens.clamp(max=log_probs.shape[-1] - 1)  # past the end where the probabilities are NaN
 
 
+class Endings:
+    """Tells which of many growing responses have come to their end."""
+
+    def __init__(self, eos_ids: Collection[int], stop_strings: StopStrings, *, vocab_size: int) -> None:
+        self._stop_strings = stop_strings
+        self._is_eos = torch.zeros(vocab_size, dtype=torch.bool)
+        self._is_eos[list(eos_ids)] = True
+
+    def reached(self, tokens: Tensor, response_ids: Callable[[int, int], list[int]]) -> Tensor:
+        """Whether the last token of each response, [n] int64 on the CPU, ends it: [n] bool.
+
+        response_ids: (response, n) -> its last n tokens, the last one included.
+        """
+        is_over = self._is_eos[tokens]
+        for index in self._stop_strings.may_be_completed_by(tokens).nonzero().squeeze(1).tolist():
+            is_over[index] |= self._stop_strings.completed_by(response_ids(index, self._stop_strings.window))
+        return is_over
+
+
 class StopStrings:
     """Tells when a growing response has completed one of the stop strings."""
 
@@ -78,14 +97,21 @@ class StopStrings:
         self._last_characters = {string[-1] for string in stop}
         # Every token but an empty one adds a byte at least; the margin allows for a few empty ones, and for the space
         # some tokenizers strip at the beginning of a text.
-        self._window = max((len(string.encode()) for string in stop), default=0) + 8
+        self.window = max((len(string.encode()) for string in stop), default=0) + 8
         self._may_complete = lru_cache(maxsize=None)(self._holds_last_character)
+
+    def may_be_completed_by(self, tokens: Tensor) -> Tensor:
+        """Where `completed_by` has to look, [n] bool, of responses with these last tokens, [n] int64."""
+        if not self._stop:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        distinct, place = tokens.unique(return_inverse=True)
+        return torch.tensor([self._may_complete(token) for token in distinct.tolist()])[place]
 
     def completed_by(self, response_ids: list[int]) -> bool:
         """Whether the last of `response_ids` completes a stop string; the earlier ones have not."""
         if not self._may_complete(response_ids[-1]):
             return False
-        text = self._decode(response_ids[-self._window :])
+        text = self._decode(response_ids[-self.window :])
         return any(string in text for string in self._stop)
 
     def _holds_last_character(self, token_id: int) -> bool:
