@@ -19,6 +19,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from megatron_orz.benchmark import countdown, environment, results, workload
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
+from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.loop_report import Loop, as_json, table
 from megatron_orz.benchmark.trl_trainer import run_trl
 from megatron_orz.config import (
@@ -35,7 +36,14 @@ from megatron_orz.config import (
 )
 
 LengthKind = Literal["equal", "long-tailed"]
-Contender = Literal["megatron_orz", "TRL", "with a critic", "with vLLM"]
+Contender = Literal["ours", "trl", "critic", "vllm"]
+
+NAMES: dict[Contender, str] = {
+    "ours": OURS,
+    "trl": "TRL",
+    "critic": f"{OURS}, with a critic",
+    "vllm": f"{OURS}, with vLLM",
+}
 
 OPTIMIZER = OptimizerConfig(lr=1e-6)
 TARGETS: dict[LengthKind, float] = {"equal": 1.2, "long-tailed": 2.0}
@@ -96,8 +104,8 @@ class Arguments:
                 f"trl_rows {self.trl_rows} does not divide the {self.num_prompts * self.num_responses} rollouts of a "
                 "step into equal micro-batches; choose one that does"
             )
-        if "megatron_orz" not in self.contenders:
-            raise ValueError("contenders lacks megatron_orz, beside which everything else is measured")
+        if "ours" not in self.contenders:
+            raise ValueError("contenders lacks ours, beside which everything else is measured")
 
     def response_lengths(self, kind: LengthKind) -> tuple[int, ...]:
         """Of each prompt."""
@@ -136,9 +144,10 @@ def measure(kind: LengthKind, arguments: Arguments, progress: Progress) -> Loop:
         )
         work.write()
         rows = {}
-        for name in arguments.contenders:
+        for contender in arguments.contenders:
+            name = NAMES[contender]
             task = progress.add_task(f"{kind} lengths: {arguments.num_steps} steps of {name}")
-            rows[name] = checked(name, in_process_of_its_own(name, work, arguments.timeout_s), work)
+            rows[name] = checked(name, in_process_of_its_own(contender, work, arguments.timeout_s), work)
             progress.remove_task(task)
     return Loop(
         lengths=kind,
@@ -148,7 +157,7 @@ def measure(kind: LengthKind, arguments: Arguments, progress: Progress) -> Loop:
         num_response_tokens=work.num_response_tokens,
         num_warm_up=NUM_WARM_UP,
         rows=rows,
-        baseline="TRL",
+        baseline=NAMES["trl"],
         target=TARGETS[kind],
     )
 
@@ -168,32 +177,32 @@ def checked(name: str, steps: StepTimes, work: Work) -> StepTimes:
     return steps
 
 
-def in_process_of_its_own(name: Contender, work: Work, timeout_s: float) -> StepTimes:
+def in_process_of_its_own(contender: Contender, work: Work, timeout_s: float) -> StepTimes:
     """Runs one contender. What it prints goes to a file, whose end is shown if it fails."""
-    log = work.folder / f"{name}.log"
+    log = work.folder / f"{contender}.log"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        future = pool.submit(_run_quietly, name, work, log)
+        future = pool.submit(_run_quietly, contender, work, log)
         try:
             return future.result(timeout_s)
         except Exception as error:
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""
-            raise RuntimeError(f"{name} failed: {type(error).__name__}: {error}\n{tail}") from error
+            raise RuntimeError(f"{NAMES[contender]} failed: {type(error).__name__}: {error}\n{tail}") from error
 
 
-def _run_quietly(name: Contender, work: Work, log: Path) -> StepTimes:
+def _run_quietly(contender: Contender, work: Work, log: Path) -> StepTimes:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     runs: Mapping[Contender, Callable[[Work], StepTimes]] = {
-        "megatron_orz": run_ours,
-        "TRL": partial(run_trl, optimizer=OPTIMIZER),
-        "with a critic": partial(run_ours, critic=True),
-        "with vLLM": partial(run_ours, fleet=FleetConfig(kind="vllm", max_model_tokens=2048, cpu_threads=1)),
+        "ours": run_ours,
+        "trl": partial(run_trl, optimizer=OPTIMIZER),
+        "critic": partial(run_ours, critic=True),
+        "vllm": partial(run_ours, fleet=FleetConfig(kind="vllm", max_model_tokens=2048, cpu_threads=1)),
     }
-    return runs[name](work)
+    return runs[contender](work)
 
 
 def run_ours(work: Work, *, critic: bool = False, fleet: FleetConfig | None = None) -> StepTimes:

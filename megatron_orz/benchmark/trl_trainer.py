@@ -11,6 +11,7 @@ import torch
 
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.config import OptimizerConfig
+from megatron_orz.rewards.math_answer import Response
 from megatron_orz.rewards.verifiers import AnswerVerifier
 
 
@@ -55,7 +56,7 @@ def run_trl(work: Work, optimizer: OptimizerConfig) -> StepTimes:
     num_tokens: Counter[int] = Counter()
     ends: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         def on_train_begin(self, *args: Any, **options: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -66,7 +67,7 @@ def run_trl(work: Work, optimizer: OptimizerConfig) -> StepTimes:
 
         def reward(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
             num_tokens[len(ends) - 1] += sum(map(len, completion_ids))
-            responses = [
+            responses: list[Response] = [
                 (tokenizer.decode(ids), "stop" if ids[-1] == tokenizer.eos_token_id else "length", reference)
                 for ids, reference in zip(completion_ids, answer, strict=True)
             ]

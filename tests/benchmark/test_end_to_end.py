@@ -42,17 +42,17 @@ def test_responses_are_as_long_as_their_prompts_say_and_answers_are_sampled(tmp_
 @pytest.mark.slow
 def test_ours_and_trl_do_the_same_work(tmp_path: Path) -> None:
     written = io.StringIO()
-    arguments = replace(TINY, contenders=("megatron_orz", "TRL", "with a critic"), output=tmp_path / "loop.json")
+    arguments = replace(TINY, contenders=("ours", "trl", "critic"), output=tmp_path / "loop.json")
     results = json.loads(end_to_end.run(arguments, Console(file=written, width=140)).read_text())
     equal, long_tailed = results["groups"]
     assert equal["num_response_tokens"] == 4 * 4 * 6
     assert long_tailed["num_response_tokens"] == 4 * sum(arguments.response_lengths("long-tailed"))
     for group in results["groups"]:
-        assert list(group["rows"]) == ["megatron_orz", "TRL", "with a critic"]
+        assert list(group["rows"]) == ["megatron_orz", "TRL", "megatron_orz, with a critic"]
         for row in group["rows"].values():
             assert len(row["times_s"]) == 1
             assert row["samples_per_s"] == pytest.approx(16 / row["median_s"])
-        metrics = group["rows"]["with a critic"]["metrics"]
+        metrics = group["rows"]["megatron_orz, with a critic"]["metrics"]
         for phase in ("generate", "infer", "critic", "policy"):
             assert metrics[f"perf/{phase}_mfu"] > 0
             assert metrics[f"perf/{phase}_tokens_per_s_per_gpu"] > 0
@@ -90,7 +90,7 @@ def test_the_longest_of_long_tailed_lengths_is_sixteen_medians() -> None:
         ({"longest": 1000}, "counts down from 2 to 543"),
         ({"num_responses": 1}, "compares the responses"),
         ({"trl_rows": 5}, "trl_rows 5 does not divide the 16 rollouts"),
-        ({"contenders": ("TRL",)}, "lacks megatron_orz"),
+        ({"contenders": ("trl",)}, "lacks ours"),
     ],
 )
 def test_bad_arguments_are_named(changes: dict[str, object], message: str) -> None:
