@@ -51,6 +51,7 @@ def main() -> None:
             gpu_memory_share=arguments.gpu_memory_share,
             kv_cache_gib=arguments.kv_cache_gib,
             cpu_threads=arguments.cpu_threads,
+            swaps_within_responses=True,  # runs of either kind may ask
         )
         # The optimizer is the trainer's business; a server has none.
         model = ModelConfig(path=arguments.model, optimizer=OptimizerConfig(lr=1.0), dtype=arguments.dtype)

@@ -140,6 +140,7 @@ class Replica:
             self.version = None
         self._failure = asyncio.get_running_loop().create_future()
         self._num_bad_answers = 0
+        self.is_updating = False
         self.phase = "up"
 
     async def keep(self) -> None:

@@ -92,6 +92,7 @@ class ServerGroup:
         """
         self._portal.call(partial(self._router.hold, until_answered=not self._swaps_within))
         replicas = self._portal.call(self._ready)
+        clients = [replica.client for replica in replicas]
         try:
             sender = self._sender_to(replicas)
             for replica in replicas:
@@ -99,8 +100,9 @@ class ServerGroup:
             sender.send(weights, version)
         except RuntimeError as error:
             self._drop_sender()
-            has_died = any(self._portal.call(self._have_died, replicas))
-            for replica in replicas:
+            same = _not_started_anew(replicas, clients)
+            has_died = len(same) < len(replicas) or any(self._portal.call(self._have_died, same))
+            for replica in same:
                 self._portal.call(
                     partial(replica.fail, f"a weight update failed: {error}", is_final=not replica.is_ours)
                 )
@@ -109,9 +111,7 @@ class ServerGroup:
                 raise ServersLostError(f"servers died during the update to version {version}: {error}") from error
             raise
         self._waits_for_all = False
-        for replica in replicas:
-            replica.updated(version)
-        self._portal.call(self._router.go_on, version)
+        self._portal.call(self._updated, replicas, clients, version)
 
     def generate(
         self,
@@ -262,6 +262,11 @@ class ServerGroup:
 
         await asyncio.gather(*(act(replica) for replica in self._replicas if replica.is_up))
 
+    def _updated(self, replicas: Sequence[Replica], clients: Sequence[ServerClient], version: int) -> None:
+        for replica in _not_started_anew(replicas, clients):
+            replica.updated(version)
+        self._router.go_on(version)
+
     async def _are_well(self, replicas: Sequence[Replica]) -> list[bool]:
         return await asyncio.gather(*(replica.is_well() for replica in replicas))
 
@@ -279,6 +284,12 @@ class ServerGroup:
         if self._sender is not None:
             self._sender[1].close()
         self._sender = None
+
+
+def _not_started_anew(replicas: Sequence[Replica], clients: Sequence[ServerClient]) -> list[Replica]:
+    """Those that still run the server of this client. One that died early in an update, or at its very end, may be up
+    again: it is well, and has nothing of the update."""
+    return [replica for replica, client in zip(replicas, clients, strict=True) if replica.client is client]
 
 
 @contextmanager

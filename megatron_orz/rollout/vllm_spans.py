@@ -1,6 +1,7 @@
 """vLLM's API of token ids in and out, which says whose weights sampled which token of a response.
 
-Its answers take a server about twice the work of a completion's, token by token, and twice the bytes.
+Its answers have twice the bytes of a completion's and take a server more work, so that it is asked only where weights
+may change amid a response.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ import pytest
 from megatron_orz.rollout import replica
 from megatron_orz.rollout.server_group import ServerGroup
 from megatron_orz.rollout.servers import RefusedError, ServerError
+from megatron_orz.types import NamedWeights
 from tests.rollout.conftest import make_prompts
-from tests.rollout.stand_in_fleet import contents, expected, open_stand_ins
+from tests.rollout.stand_in_fleet import VersionSender, contents, expected, open_stand_ins
 from tests.rollout.test_process import wait_for
 
 
@@ -276,6 +277,33 @@ def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Pa
             servers.generate(make_prompts(10))
 
 
+@pytest.mark.parametrize("fails", [True, False], ids=["amid-the-update", "at-its-end"])
+def test_a_server_that_died_during_an_update_and_is_up_again_already_lacks_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """By the time the trainer looks, nothing is wrong with any server: the update is repeated, or the server waits."""
+    prompts = make_prompts(6)
+    send = VersionSender.send
+    with open_stand_ins(tmp_path, 2) as servers:
+        replica_0, replica_1 = servers.group._replicas
+
+        def late(sender: VersionSender, weights: NamedWeights, version: int) -> None:
+            if not fails or replica_0.num_restarts:
+                send(sender, weights, version)
+            if replica_0.num_restarts:
+                return
+            servers.kill(0)
+            wait_for(lambda: replica_0.num_restarts == 1 and replica_0.is_up, timeout_s=60)
+            if fails:
+                raise RuntimeError("the connection broke")
+
+        monkeypatch.setattr(VersionSender, "send", late)
+        servers.update(1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=1)
+        assert [replica_0.num_restarts, replica_1.num_restarts] == [1, int(fails)]
+        assert bool(servers.requests(0)) == fails
+
+
 def test_an_update_waits_for_the_minimum(tmp_path: Path) -> None:
     """The only server dies between two steps: the next update finds it started anew."""
     prompts = make_prompts(4)
@@ -362,7 +390,10 @@ def test_other_weights_than_expected_are_an_error(tmp_path: Path) -> None:
             servers.generate(make_prompts(1))
 
 
-def test_the_ids_and_seeds_of_a_request_are_those_of_every_attempt(tmp_path: Path) -> None:
+def test_the_ids_and_seeds_of_a_request_are_those_of_every_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "_MAX_BAD_ANSWERS", 100)  # a server that is started anew forgets what it was asked
     with open_stand_ins(tmp_path, 2) as servers:
         servers.fault(0, status=503)
         servers.generate(make_prompts(8))
