@@ -122,7 +122,7 @@ class Server:
 
     def _go_on(self) -> None:
         """Fills free places, and waits for what ends next. Progress must be settled."""
-        started = []
+        started: list[float] = []
         while self._waiting and len(self._ends) + len(started) < self._decoding.max_running:
             length, request = self._waiting.popleft()
             end = self._iterations + length
