@@ -43,7 +43,7 @@ class Arguments:
     """Also start a vLLM server with this checkpoint, and stop it."""
     folder: Path = Path()
     """Where runs would be written."""
-    timeout_s: float = 120.0
+    timeout_s: float = 300.0
     """Deadline of each import."""
 
     def __post_init__(self) -> None:

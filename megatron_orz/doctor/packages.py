@@ -96,7 +96,8 @@ def check_imports(matrix: Iterable[Pin], target: Target, *, timeout_s: float) ->
                 f"import {pin.module}",
                 problem,
                 cost=pin.cost,
-                remedy=f"python -c 'import {pin.module}' shows all of it; then {INSTALL[target]}",
+                remedy=f"python -c 'import {pin.module}' shows all of it; then {INSTALL[target]}"
+                + (f"; on a busy machine, --timeout-s {2 * timeout_s:g}" if problem.startswith("no end") else ""),
                 is_needed=pin.is_needed,
             )
             for pin, (problem, _) in zip(pins, answers, strict=True)
