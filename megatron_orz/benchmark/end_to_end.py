@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz.benchmark import countdown, environment, results, workload
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
@@ -119,6 +120,7 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
     """Prints a table for each kind of lengths; returns the path of the results file."""
     console = console or Console()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    disable_progress_bar()  # transformers draws one for the model it saves
     groups = []
     columns = (TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
