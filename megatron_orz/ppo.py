@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import TypeVar
 
 from megatron_orz.algorithms.advantages import whiten_advantages
-from megatron_orz.algorithms.algorithm import Algorithm
+from megatron_orz.algorithms.algorithm import Absent, Algorithm
 from megatron_orz.config import Config
 from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
@@ -81,7 +82,8 @@ def run(
             rollouts = grader.grade(rollouts, on_grade=advance)
         metrics = record_rollouts(step, rollouts)
 
-        # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda).
+        # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda). If the
+        # policy takes one update, that finds log pi_old itself.
         num_critic_updates, num_policy_updates = ppo.num_updates(step)
         with log.span("infer"):
             batches = pack(
@@ -94,17 +96,26 @@ def run(
                 pad_multiple=ranks.pack_multiple,
                 seed=seed,
             )
-            old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
+            is_on_policy = num_policy_updates == 1 and not algorithm.needs_old_log_probs
+            old_log_probs = (Absent() if is_on_policy else policy).infer(batches)
+            old_values = critic.infer(batches)
             reference.refresh(step)
             ref_log_probs = reference.infer(batches)
             experience, moments = algorithm.estimate(batches, old_log_probs, old_values, ref_log_probs)
-            metrics |= experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
+            trained = experience
             if ppo.whiten_advantages:
-                experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
+                trained = whiten_advantages(experience, moments, ranks.dp_all_gather)
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
-        metrics |= update("critic", critic, experience, num_critic_updates, algorithm.value_loss, log)
-        metrics |= update("policy", policy, experience, num_policy_updates, algorithm.policy_loss, log)
+        metrics |= update("critic", critic, trained, num_critic_updates, algorithm.value_loss, log)
+        if is_on_policy:
+            with log.span("policy"):
+                policy_metrics, old_log_probs = policy.step_on_policy(trained, algorithm.policy_loss)
+            metrics |= policy_metrics
+            experience = [replace(e, old_log_probs=x) for e, x in zip(experience, old_log_probs, strict=True)]
+        else:
+            metrics |= update("policy", policy, trained, num_policy_updates, algorithm.policy_loss, log)
+        metrics |= experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         log.record(step, metrics | scores | {"tokens_per_s": num_tokens / (time.perf_counter() - start)})
         on_step_end(step + 1)

@@ -210,6 +210,10 @@ class Trainable(Protocol[Loss]):
 class Policy(Trainable[PolicyLoss], Protocol):
     """The language model. `infer` gives the log-probabilities of the targets."""
 
+    def step_on_policy(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> tuple[Metrics, list[Tensor]]:
+        """`step` by the policy that `old_log_probs` are of, and those: what `infer` would have said before it."""
+        ...
+
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names. Every rank must exhaust the iterator."""
         ...

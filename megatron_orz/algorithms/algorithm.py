@@ -24,6 +24,8 @@ class Algorithm:
     estimate: Estimate
     policy_loss: PolicyLoss
     value_loss: ValueLoss
+    needs_old_log_probs: bool = True
+    """False: nothing but an only update of the policy asks for log pi_old, and that update's own forward pass is it."""
 
 
 class Absent:

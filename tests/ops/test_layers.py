@@ -62,7 +62,8 @@ def check(op: Op, definition: Op, inputs: list[Tensor], dtype: torch.dtype, num_
         torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=TOLERANCE[dtype])
 
 
-# No row, as an expert may get, one and many; fewer features than a vector, and tails; 200 rows are four blocks of the weight's gradient.
+# No row, as an expert may get, one and many; fewer features than a vector, and tails; 200 rows are four blocks of the
+# weight's gradient.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 7), (5, 1, 16), (200, 96), (65, 2, 1, 67)])
 def test_rms_norm(ops: dict[str, Op], shape: tuple[int, ...], dtype: torch.dtype) -> None:
