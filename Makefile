@@ -20,7 +20,7 @@ help:
 	@echo "make test       run the tests that take seconds"
 	@echo "make test-slow  run the tests that take minutes"
 	@echo "make kernels-check  compile the CUDA kernels and their binding; registers and spills (needs nvcc, no GPU)"
-	@echo "make benchmark  time the kernels beside other implementations (minutes; see docs/kernels.md)"
+	@echo "make benchmark  time every part beside what else does the same (an hour; see docs/benchmark.md)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       build the documentation into build/site and check its links"
 	@echo "make dist       build dist/*.tar.gz, and from it dist/*.whl with the compiled kernels"
@@ -44,7 +44,8 @@ kernels-check: requirements
 	$(RUN) tools/check_kernels.py
 
 benchmark: setup
-	$(RUN) tools/benchmark.py kernels
+	for part in train end-to-end packing rewards kernels sync; do $(RUN) tools/benchmark.py $$part || exit 1; done
+	$(RUN) tools/benchmark.py table
 
 lint: setup
 	$(RUN) -m ruff check

@@ -151,6 +151,11 @@ class ColocatedPolicy(ColocatedModel[PolicyLoss]):
         super().__init__(policy, turns)
         self._policy = policy
 
+    def step_on_policy(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> tuple[Metrics, list[Tensor]]:
+        """`step`, and the log-probabilities that its forward pass finds."""
+        self._turns.to_trainer()
+        return self._policy.step_on_policy(minibatch, loss)
+
     def hf_weights(self) -> NamedWeights:
         """The whole weights under their Hugging Face names."""
         self._turns.to_trainer()

@@ -35,6 +35,10 @@ def compose(config: Config) -> Algorithm:
         estimate=estimate_all,
         policy_loss=_policy_loss(config.ppo, config.kl),
         value_loss=ClippedValueLoss(config.ppo.value_clip_eps),
+        # Importance weights and the penalties of a reference are known before the update.
+        needs_old_log_probs=config.ppo.num_policy_updates > 1
+        or config.ppo.importance_cap > 0
+        or config.kl.coefficient > 0,
     )
 
 

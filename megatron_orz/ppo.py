@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import TypeVar
 
 from megatron_orz.algorithms.advantages import whiten_advantages
-from megatron_orz.algorithms.algorithm import Algorithm
+from megatron_orz.algorithms.algorithm import Absent, Algorithm
 from megatron_orz.config import Config
 from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
@@ -79,23 +80,23 @@ def run(
         metrics = record_rollouts(step, rollouts)
 
         # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda).
+        num_critic_updates, num_policy_updates = ppo.num_updates(step)
         with log.span("infer"):
             batches = pack_rollouts(rollouts, algorithm.rewards(rollouts), step, config, ranks)
-            old_log_probs, old_values = policy.infer(batches), critic.infer(batches)
             reference.refresh(step)
-            ref_log_probs = reference.infer(batches)
-            experience, moments = algorithm.estimate(batches, old_log_probs, old_values, ref_log_probs)
-            metrics |= experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
-            metrics |= importance_metrics(experience, ranks, cap=ppo.importance_cap, level=ppo.importance_level)
-            if ppo.whiten_advantages:
-                experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
+            sampler = Absent() if algorithm.is_on_policy(num_policy_updates) else policy
+            inferred = [model.infer(batches) for model in (sampler, critic, reference)]
+            experience, moments = algorithm.estimate(batches, *inferred)
+            trained = (
+                whiten_advantages(experience, moments, ranks.dp_all_gather) if ppo.whiten_advantages else experience
+            )
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
-        num_critic_updates, num_policy_updates = ppo.num_updates(step)
-        metrics |= update("critic", critic, experience, num_critic_updates, algorithm.value_loss, log)
-        metrics |= update("policy", policy, experience, num_policy_updates, algorithm.policy_loss, log)
-        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-        log.record(step, metrics | scores | {"tokens_per_s": num_tokens / (time.perf_counter() - start)})
+        metrics |= update("critic", critic, trained, num_critic_updates, algorithm.value_loss, log)
+        policy_metrics, experience = update_policy(policy, trained, experience, num_policy_updates, algorithm, log)
+        metrics |= policy_metrics | experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
+        metrics |= importance_metrics(experience, ranks, cap=ppo.importance_cap, level=ppo.importance_level)
+        log.record(step, metrics | scores | speed(rollouts, start))
         on_step_end(step + 1)
 
 
@@ -135,6 +136,31 @@ def update(
             metrics.append(model.step(minibatch, loss))
             advance()
     return {metric: fmean(step[metric] for step in metrics) for metric in metrics[0]}
+
+
+def update_policy(
+    policy: Policy,
+    trained: Sequence[Experience],
+    experience: Sequence[Experience],
+    num_updates: int,
+    algorithm: Algorithm,
+    log: RunLog,
+) -> tuple[Metrics, Sequence[Experience]]:
+    """`update` of the policy. The forward pass of an only update finds log pi_old, if nothing has asked for it before.
+
+    trained: with the advantages of the loss. Returns the metrics, and `experience` with log pi_old.
+    """
+    if not algorithm.is_on_policy(num_updates):
+        return update("policy", policy, trained, num_updates, algorithm.policy_loss, log), experience
+    with log.span("policy"), log.progress("policy", total=1) as advance:
+        metrics, old_log_probs = policy.step_on_policy(trained, algorithm.policy_loss)
+        advance()
+    return metrics, [replace(e, old_log_probs=x) for e, x in zip(experience, old_log_probs, strict=True)]
+
+
+def speed(rollouts: Sequence[Rollout], start: float) -> Metrics:
+    """Tokens of prompts and responses a second, since `start`."""
+    return {"tokens_per_s": sum(rollout.num_tokens for rollout in rollouts) / (time.perf_counter() - start)}
 
 
 def rollout_seed(seed: int, step: int) -> int:

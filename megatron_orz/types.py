@@ -253,6 +253,10 @@ class Exportable(Protocol):
 class Policy(Trainable[PolicyLoss], Exportable, Protocol):
     """The language model. `infer` gives the log-probabilities of the targets."""
 
+    def step_on_policy(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> tuple[Metrics, list[Tensor]]:
+        """`step` by the policy that `old_log_probs` are of, and those: what `infer` would have said before it."""
+        ...
+
 
 class Critic(Trainable[ValueLoss], Protocol):
     """The value function. `infer` gives the values of the states the targets are chosen from."""

@@ -88,6 +88,11 @@ class BigramPolicy(TableModel):
     def step(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> Metrics:
         return self.take_step(minibatch, [loss(self.output(e), e) for e in minibatch])
 
+    def step_on_policy(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> tuple[Metrics, list[Tensor]]:
+        log_probs = self.infer(minibatch)
+        fresh = [replace(e, old_log_probs=x) for e, x in zip(minibatch, log_probs, strict=True)]
+        return self.step(fresh, loss), log_probs
+
     def hf_weights(self) -> NamedWeights:
         yield "table", self.table.detach()
 

@@ -24,6 +24,12 @@ class Algorithm:
     estimate: Estimate
     policy_loss: PolicyLoss
     value_loss: ValueLoss
+    needs_old_log_probs: bool = True
+    """False: nothing but an only update of the policy asks for log pi_old, and that update's own forward pass is it."""
+
+    def is_on_policy(self, num_policy_updates: int) -> bool:
+        """Whether a step with so many updates of the policy finds log pi_old in the first of them."""
+        return num_policy_updates == 1 and not self.needs_old_log_probs
 
 
 class Absent:

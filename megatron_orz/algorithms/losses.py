@@ -5,7 +5,7 @@ sum of weight * loss over every pack of every rank is that mean; the engine does
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,15 @@ def policy_loss(
 def entropy_loss(output: PolicyOutput, experience: Experience) -> LossOutput:
     """-H(pi( . | state)), to be added with the coefficient of an entropy bonus. Its metric is `policy_loss`'s."""
     return LossOutput(per_token=-output.entropy, metrics={})
+
+
+def on_policy(loss: PolicyLoss) -> PolicyLoss:
+    """The loss of a policy that is still the one before the update: pi_old is pi, held fixed."""
+
+    def of_policy(output: PolicyOutput, experience: Experience) -> LossOutput:
+        return loss(output, replace(experience, old_log_probs=output.log_probs.detach()))
+
+    return of_policy
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 HIDDEN_SIZE = 96
 FFN_SIZE = 256
 NUM_LAYERS = 2
-NUM_HEADS = 4
+NUM_HEADS = 3
 CERTAINTY = 4.0
 """The next number's logit is this times sqrt(HIDDEN_SIZE), those of others are normal with this as their spread."""
 

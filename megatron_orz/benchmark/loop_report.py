@@ -26,6 +26,8 @@ class Loop:
     num_response_tokens: int
     num_warm_up: int
     rows: Mapping[str, StepTimes]
+    missing: Mapping[str, str]
+    """What could not be timed, and why."""
     baseline: str
     target: float
     """How many times as fast as the baseline ours shall be."""
@@ -56,6 +58,8 @@ def table(loop: Loop) -> Table:
         f"{loop.num_response_tokens:,} response tokens a step; the phases are ours, in seconds\n"
         f"target, at least {loop.target:g} times as fast as {loop.baseline}: {verdict}"
     )
+    for name, why in loop.missing.items():
+        caption += f"\n{name} is missing: {why.splitlines()[0]}"
     result = Table(title=f"{loop.lengths} lengths, {loop.shape}", caption=caption, caption_justify="left")
     result.add_column("")
     for column in ("step s", "samples/s", "tokens/s", "ours faster by", "MFU", *PHASES):

@@ -19,7 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
-from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, token_weights
+from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, on_policy, token_weights
 from megatron_orz.config import CriticConfig, ModelConfig
 from megatron_orz.engine import platform, training_state, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
@@ -38,6 +38,7 @@ from megatron_orz.types import (
     LossOutput,
     Metrics,
     PackedBatch,
+    PolicyLoss,
     PolicyOutput,
     RepeatableWeights,
 )
@@ -110,19 +111,30 @@ class MegatronEngine(ABC, Generic[Output]):
             chunk.eval()
         with torch.no_grad():
             results = self._run(batches, collect, forward_only=True)
-        sizes = [batch.tokens.shape[0] for batch in batches]
-        flat = torch.cat(results) if self.mesh.is_last_stage else torch.empty(sum(sizes), device=self.mesh.device)
-        return list(self.mesh.broadcast_from_last_stage(flat).cpu().split(sizes))
+        return self._from_last_stage(results, batches)
 
     def step(self, minibatch: Sequence[Batch], loss: Callable[[Output, Batch], LossOutput]) -> Metrics:
         """One optimizer step on this rank's share of a mini-batch. Returns means over its loss tokens.
 
         Raises RuntimeError when gradients stay non-finite.
         """
+        metrics, _ = self._update(minibatch, loss)
+        return metrics
+
+    def _update(
+        self,
+        minibatch: Sequence[Batch],
+        loss: Callable[[Output, Batch], LossOutput],
+        keep: Callable[[Output], Tensor] | None = None,
+    ) -> tuple[Metrics, list[Tensor]]:
+        """`step`, and what `keep` takes from the outputs of its forward pass, [n] of n loss tokens.
+
+        What is kept is returned as `infer` returns it: [T] float32 on the CPU, 0 outside the mask.
+        """
         totals = loss_totals(minibatch)
         dist.all_reduce(totals, group=self.mesh.dp_group)
 
-        def weighted(hidden: Tensor, pack: MicroBatch[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        def weighted(hidden: Tensor, pack: MicroBatch[Batch]) -> tuple[Tensor, tuple[dict[str, Tensor], Tensor | None]]:
             batch = pack.local
             weights = pack.take(
                 token_weights(pack.batch, self.loss_mean, totals, max_response_tokens=self._max_response_tokens)
@@ -133,7 +145,10 @@ class MegatronEngine(ABC, Generic[Output]):
                 metrics = loss(output, batch.select(index)).metrics
             mean_weights = pack.take(token_weights(pack.batch, "token", totals))[index]
             means = {name: (value * mean_weights).sum() for name, value in metrics.items()}
-            return total, {f"{self.name}/loss": total.detach().clone(), **means}
+            kept = None
+            if keep is not None:
+                kept = pack.whole(torch.zeros_like(weights).index_copy(0, index, keep(output).to(weights.dtype)))
+            return total, ({f"{self.name}/loss": total.detach().clone(), **means}, kept)
 
         self._check_loaded()
         assert self._optimizer is not None, f"the {self.name} is frozen"
@@ -143,7 +158,9 @@ class MegatronEngine(ABC, Generic[Output]):
         results = self._run(minibatch, weighted, forward_only=False)
         with platform.megatron_calls():
             update = self._optimizer.step()
-        return self._sum_metrics(results) | {f"{self.name}/{name}": value for name, value in update.items()}
+        metrics = self._sum_metrics([means for means, _ in results])
+        metrics |= {f"{self.name}/{name}": value for name, value in update.items()}
+        return metrics, [] if keep is None else self._from_last_stage([kept for _, kept in results], minibatch)
 
     def hf_weights(self) -> RepeatableWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
@@ -244,6 +261,12 @@ class MegatronEngine(ABC, Generic[Output]):
             )
         return list(results[: len(batches)])
 
+    def _from_last_stage(self, results: Sequence[Tensor], batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """[T] float32 for each batch, which the last stage has, on the CPU of every rank."""
+        sizes = [batch.tokens.shape[0] for batch in batches]
+        flat = torch.cat(list(results)) if self.mesh.is_last_stage else torch.empty(sum(sizes), device=self.mesh.device)
+        return list(self.mesh.broadcast_from_last_stage(flat).cpu().split(sizes))
+
     def _check_loaded(self) -> None:
         # Reading a storage that is not there would crash the process.
         if self._offload.is_active:
@@ -294,6 +317,10 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
             "vocab_size": self.architecture.vocab_size,
             "tp_group": mesh.tp_group,
         }
+
+    def step_on_policy(self, minibatch: Sequence[Experience], loss: PolicyLoss) -> tuple[Metrics, list[Tensor]]:
+        """`step` by the policy that `old_log_probs` are of: its own forward pass finds them. They are returned."""
+        return self._update(minibatch, on_policy(loss), keep=lambda output: output.log_probs)
 
     def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         log_probs, _ = linear_log_prob(

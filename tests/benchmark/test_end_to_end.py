@@ -59,6 +59,27 @@ def test_ours_and_trl_do_the_same_work(tmp_path: Path) -> None:
     assert "target, at least 2 times as fast as TRL" in written.getvalue()
 
 
+def test_what_fails_is_named_and_the_rest_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def steps(contender: str, work: Work, timeout_s: float) -> StepTimes:
+        if contender == "trl":
+            raise RuntimeError("TRL failed: no such package\nand a long trace")
+        metrics = [{"time/policy_s": 0.25, "perf/mfu": 0.5}, {"time/policy_s": 0.75, "perf/mfu": 0.25}]
+        return StepTimes(seconds=[9.0, 2.0], num_response_tokens=[96, 96], rewards=[0.5, 0.5], metrics=metrics)
+
+    monkeypatch.setattr(end_to_end, "in_process_of_its_own", steps)
+    written = io.StringIO()
+    arguments = replace(TINY, only=("equal",), contenders=("ours", "trl", "critic"), output=tmp_path / "loop.json")
+    (group,) = json.loads(end_to_end.run(arguments, Console(file=written, width=140)).read_text())["groups"]
+    assert "TRL is missing: TRL failed: no such package" in written.getvalue()
+    assert "target, at least 1.2 times as fast as TRL: not measured" in written.getvalue()
+    ours = group["rows"]["megatron_orz"]
+    assert (ours["times_s"], ours["samples_per_s"], ours["warm_up_s"]) == ([2.0], 8.0, [9.0])
+    assert ours["metrics"] == {"time/policy_s": 0.75, "perf/mfu": 0.25}
+    monkeypatch.setattr(end_to_end, "in_process_of_its_own", lambda contender, *others: steps("trl", *others))
+    with pytest.raises(RuntimeError, match="no such package"):
+        end_to_end.run(arguments, Console(file=io.StringIO()))
+
+
 def test_a_run_that_did_other_work_is_refused(tmp_path: Path) -> None:
     work = Work(
         folder=tmp_path,

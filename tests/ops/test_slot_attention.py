@@ -1,6 +1,7 @@
 """Attention over slots, kernel and reference, against softmax written out for each row and head."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,15 @@ Attention = Callable[..., Tensor]
 @pytest.fixture(scope="module", params=["kernel", "reference"])
 def attention(request: pytest.FixtureRequest) -> Attention:
     if request.param == "reference":
-        return lambda *args, scale, window: reference.slot_attention(*args, scale, window)
+        return by_reference
     if not extension.has_kernel("slot_attention", "cpu"):
         pytest.skip("the C++ extension does not hold the kernel")
     return slot_attention
+
+
+def by_reference(*tensors: Any, scale: float, window: int) -> Tensor:
+    query, keys, values, slots, lengths = tensors
+    return reference.slot_attention(query, keys, values, slots, lengths, scale, window)
 
 
 def by_definition(
