@@ -13,6 +13,11 @@ TORCH_LIBRARY(megatron_orz, m) {
   m.def(megatron_orz::kPackedValueLoss);
   m.def(megatron_orz::kLongestPreviousFactor);
   m.def(megatron_orz::kSlotAttention);
+  m.def(megatron_orz::kRmsNorm);
+  m.def(megatron_orz::kRmsNormBackward);
+  m.def(megatron_orz::kSwiglu);
+  m.def(megatron_orz::kSwigluBackward);
+  m.def(megatron_orz::kRotate);
 }
 
 PYBIND11_MODULE(_C, m) {

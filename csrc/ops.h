@@ -78,4 +78,32 @@ inline constexpr char kSlotAttention[] =
     "slot_attention(Tensor query, Tensor keys, Tensor values, Tensor slots, Tensor lengths, float scale, int window)"
     " -> Tensor out";
 
+// Root mean square normalisation of rows, r = (mean_i x_i^2 + eps)^(-1/2), out_i = x_i r w_i, and its gradients for a
+// gradient g of the rows:
+//
+//   d_x_i = r (g_i w_i - x_i r^2 mean_j (g_j w_j x_j)),  d_w_i = sum_t g_ti x_ti r_t
+//
+// x, grad: [T, H], contiguous; weight, d_weight: [H]; inverse: [T], the r; one type, float32 or float64. d_weight is
+// summed in an order that depends on the shapes alone. On the CPU alone.
+inline constexpr char kRmsNorm[] = "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor out, Tensor inverse)";
+inline constexpr char kRmsNormBackward[] =
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse) -> (Tensor d_x, Tensor d_weight)";
+
+// The gated activation of a row [a, b], out = silu(a) b, and for a gradient g of it [d_a, d_b]. With s = sigmoid(a):
+//
+//   d_a = g b s (1 + a (1 - s)),  d_b = g a s
+//
+// x, d_x: [T, 2 F]; out, grad: [T, F]; contiguous, float32 or float64. On the CPU alone.
+inline constexpr char kSwiglu[] = "swiglu(Tensor x) -> Tensor out";
+inline constexpr char kSwigluBackward[] = "swiglu_backward(Tensor grad, Tensor x) -> Tensor d_x";
+
+// Rotary position embedding: pair i of a head's d features, x_i and x_{i + d/2}, turned by the token's angle theta_i;
+// `back` turns the other way, which is the gradient.
+//
+//   out_i = x_i cos - x_{i + d/2} sin,  out_{i + d/2} = x_{i + d/2} cos + x_i sin
+//
+// x: [T, heads, d], contiguous within a head; cos, sin: [T, d/2], contiguous, of its type, float32 or float64; out:
+// [T, heads, d], contiguous. On the CPU alone.
+inline constexpr char kRotate[] = "rotate(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor out";
+
 }  // namespace megatron_orz

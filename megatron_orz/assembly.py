@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_orz import ppo
-from megatron_orz.ahead import OneStepAhead
+from megatron_orz.ahead import GenerationAhead
 from megatron_orz.algorithms.algorithm import Absent
 from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
 from megatron_orz.config import Config
@@ -62,12 +62,23 @@ def build_models(config: Config, mesh: Mesh, *, num_prompts: int) -> Models:
 
 def model_paths(config: Config) -> dict[str, Path]:
     """Where each model of a run starts from, by name; those that the algorithm does not build among them."""
-    paths = {"policy": config.policy.path, "critic": config.critic and config.critic.path}
-    return {name: path for name, path in (paths | {"reference": config.kl.reference}).items() if path is not None}
+    paths = {
+        "policy": config.policy.path,
+        "critic": None if config.critic is None else config.critic.path,
+        "reference": config.kl.reference,
+    }
+    return {name: path for name, path in paths.items() if path is not None}
 
 
 def with_options(
-    config: Config, fleet: Fleet, grader: Grader, prompts: PromptStream, log: RunLog, timeline: Timeline | None
+    config: Config,
+    fleet: Fleet,
+    grader: Grader,
+    prompts: PromptStream,
+    log: RunLog,
+    timeline: Timeline | None,
+    *,
+    is_main: bool,
 ) -> tuple[Fleet, Grader]:
     """The fleet and the grader of the training steps, with the options of `resampling` and `ahead`."""
     step_fleet, step_grader = fleet, grader
@@ -77,7 +88,16 @@ def with_options(
     if config.ppo.max_staleness and isinstance(fleet, ServerFleet):
         last_seed = ppo.rollout_seed(config.seed, config.ppo.num_steps - 1)
         on_span = timeline.on_servers if timeline is not None else None
-        step_fleet = ahead = OneStepAhead(fleet, prompts, last_seed=last_seed, on_span=on_span)
+        step_fleet = ahead = GenerationAhead(
+            fleet,
+            prompts,
+            max_staleness=config.ppo.max_staleness,
+            last_seed=last_seed,
+            waits_for_responses=not config.fleet.swaps_within_responses,
+            is_main=is_main,
+            progress=log.progress,
+            on_span=on_span,
+        )
         log.include(ahead.metrics)
     if config.ppo.max_resampling_rounds:
         step_grader = dynamic = DynamicSampling(

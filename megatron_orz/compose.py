@@ -11,6 +11,7 @@ from megatron_orz.algorithms import group_advantages, kl
 from megatron_orz.algorithms.advantages import Estimator, estimate
 from megatron_orz.algorithms.algorithm import Algorithm, Estimate
 from megatron_orz.algorithms.gae import decoupled_gae, length_adaptive_gae
+from megatron_orz.algorithms.importance import importance_weights
 from megatron_orz.algorithms.losses import ClippedValueLoss, WeightedLosses, entropy_loss, policy_loss
 from megatron_orz.algorithms.rewards import graded_rewards
 from megatron_orz.config import Config, KLConfig, PPOConfig
@@ -25,7 +26,8 @@ RELATIVE: Mapping[AdvantageKind, group_advantages.Relative] = {
 
 def compose(config: Config) -> Algorithm:
     """The algorithm a config describes."""
-    estimate_all: Estimate = partial(estimate, estimator=_estimator(config.ppo))
+    importance = partial(importance_weights, cap=config.ppo.importance_cap, level=config.ppo.importance_level)
+    estimate_all: Estimate = partial(estimate, estimator=_estimator(config.ppo), importance=importance)
     if config.kl.coefficient > 0 and config.kl.place == "reward":
         estimate_all = partial(_estimate_with_penalty, config.kl, estimate_all)
     return Algorithm(
@@ -69,9 +71,7 @@ def _estimate_with_penalty(
 
 
 def _policy_loss(ppo: PPOConfig, options: KLConfig) -> PolicyLoss:
-    surrogate = partial(
-        policy_loss, clip_eps=ppo.clip_eps, clip_eps_high=ppo.clip_eps_high, importance_cap=ppo.importance_cap
-    )
+    surrogate = partial(policy_loss, clip_eps=ppo.clip_eps, clip_eps_high=ppo.clip_eps_high)
     terms: list[tuple[float, PolicyLoss]] = [(1.0, surrogate)]
     if ppo.entropy_coefficient > 0:
         terms.append((ppo.entropy_coefficient, entropy_loss))

@@ -18,6 +18,7 @@ from megatron_orz.data.packing import pack, split
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog
 from megatron_orz.metrics.experience import experience_metrics
+from megatron_orz.metrics.importance import importance_metrics
 from megatron_orz.types import (
     Critic,
     DataParallel,
@@ -85,6 +86,7 @@ def run(
             ref_log_probs = reference.infer(batches)
             experience, moments = algorithm.estimate(batches, old_log_probs, old_values, ref_log_probs)
             metrics |= experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
+            metrics |= importance_metrics(experience, ranks, cap=ppo.importance_cap, level=ppo.importance_level)
             if ppo.whiten_advantages:
                 experience = whiten_advantages(experience, moments, ranks.dp_all_gather)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import ppo
+from megatron_orz.ahead import GenerationAhead
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.recipe import recipe_of
 from megatron_orz.checkpoint.step_end import StepEnd
@@ -67,6 +68,7 @@ def train(config: Config) -> None:
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.assembly import build_models, in_turns, model_paths, with_options
+    from megatron_orz.performance import PerformanceMeter, RecordRollouts
     from megatron_orz.start import start_run
 
     with contextlib.ExitStack() as stack:
@@ -90,7 +92,14 @@ def train(config: Config) -> None:
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
         grader = ResponseGrader(verifier, tokenizer, ranks)
         stream = PromptStream(prompts, seed=config.seed, cursor=run.done.prompt_cursor)
+        timeline = None
+        if is_main and config.ppo.max_staleness:
+            timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
+            log.listen(timeline.on_trainer)
+        step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline, is_main=is_main)
         parts = models.parts()
+        if isinstance(step_fleet, GenerationAhead):
+            parts["ahead"] = step_fleet
         run.restore(parts)
         template = chat_template(config.data.template)
         step_end = StepEnd(
@@ -107,12 +116,13 @@ def train(config: Config) -> None:
             preemption=run.preemption,
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
+        record_rollouts: RecordRollouts = recorder.record
+        if is_main:
+            meter = PerformanceMeter(config, world_size=mesh.world_size, device=mesh.device)
+            log.listen(meter.on_span)
+            log.include(meter.metrics)
+            record_rollouts = meter.observing(record_rollouts)
         num_responses = config.evaluation.num_responses
-        timeline = None
-        if is_main and config.ppo.max_staleness:
-            timeline = stack.enter_context(Timeline(config.run_dir / TIMELINE_FILE))
-            log.listen(timeline.on_trainer)
-        step_fleet, step_grader = with_options(config, fleet, grader, stream, log, timeline)
         policy, critic, reference, step_fleet = in_turns(config, models, fleet, step_fleet, log)
         ppo.run(
             config,
@@ -124,7 +134,7 @@ def train(config: Config) -> None:
             grader=step_grader,
             prompts=stream,
             evaluate=partial(evaluate, held_out, fleet, grader, num_responses=num_responses, seed=config.seed, log=log),
-            record_rollouts=recorder.record,
+            record_rollouts=record_rollouts,
             ranks=mesh,
             log=log,
             num_done=run.done.step,

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, device
@@ -76,6 +77,14 @@ class Grade:
     extracted: str | None
 
 
+class Swap(NamedTuple):
+    """Newer weights that took over within a response."""
+
+    token: int
+    """Index of the first response token they sampled, above 0."""
+    version: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
     """One response to a prompt, as token ids sampled by a server."""
@@ -86,12 +95,22 @@ class Rollout:
     """The server's own log-probability of each response token, under the sampling distribution."""
     finish_reason: FinishReason
     policy_version: int
+    """Of the weights that sampled the first token."""
+    swaps: tuple[Swap, ...] = ()
+    """Where newer weights took over, in order; most often nowhere."""
     grade: Grade | None = None
 
     @property
     def num_tokens(self) -> int:
         """Positions the response occupies in a pack: the last token is a target only, never an input."""
         return len(self.prompt.token_ids) + len(self.response_ids) - 1
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(policy version, number of tokens it sampled), in the order of the response."""
+        versions = [self.policy_version, *(swap.version for swap in self.swaps)]
+        bounds = [0, *(swap.token for swap in self.swaps), len(self.response_ids)]
+        return [(version, end - start) for version, (start, end) in zip(versions, pairwise(bounds), strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +164,7 @@ class Experience(PackedBatch):
     ref_log_probs: Tensor  # [T] float32, log pi_ref(targets[t]); zeros without a reference
     advantages: Tensor  # [T] float32
     returns: Tensor  # [T] float32
+    importance_weights: Tensor | None = None  # [T] float32, of each token's loss; None: 1
 
     @classmethod
     def from_batch(
@@ -156,8 +176,9 @@ class Experience(PackedBatch):
         advantages: Tensor,
         returns: Tensor,
         ref_log_probs: Tensor | None = None,
+        importance_weights: Tensor | None = None,
     ) -> Experience:
-        """Adds the estimates to a batch; every array is [T] float32, and there may be no reference."""
+        """Adds the estimates to a batch; every array is [T] float32, and there may be no reference, and no weights."""
         return cls(
             **{field.name: getattr(batch, field.name) for field in fields(PackedBatch)},
             old_log_probs=old_log_probs,
@@ -165,6 +186,7 @@ class Experience(PackedBatch):
             ref_log_probs=torch.zeros_like(old_log_probs) if ref_log_probs is None else ref_log_probs,
             advantages=advantages,
             returns=returns,
+            importance_weights=importance_weights,
         )
 
 
@@ -197,6 +219,8 @@ then the packs; the tokens of a sequence, then the sequences; as `sequence`, but
 the length of the longest response allowed, not by its own."""
 AdvantageKind: TypeAlias = Literal["gae", "group_normalised", "group_centred", "leave_one_out"]
 """Where advantages come from: a critic, or the rewards of a prompt's other responses (`group_advantages.py`)."""
+ImportanceLevel: TypeAlias = Literal["token", "sequence"]
+"""Whose probabilities an importance weight compares: those of a token, or of its whole response."""
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 """How the divergence from a reference is estimated: `algorithms/kl.py`."""
 LearnedTokens: TypeAlias = Literal["responses", "all"]

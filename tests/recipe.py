@@ -150,6 +150,10 @@ def run_twice(home: Path, place: Path) -> Finished:
 
 def without_times(run_dir: Path) -> list[Metrics]:
     return [
-        {name: value for name, value in row.items() if not name.startswith("time/") and name != "tokens_per_s"}
+        {
+            name: value
+            for name, value in row.items()
+            if not name.startswith(("time/", "perf/")) and name != "tokens_per_s"
+        }
         for row in read_metrics(run_dir / "metrics.jsonl")
     ]

@@ -32,7 +32,10 @@ def assert_same_bits(first: Path, second: Path) -> None:
     assert weights[0] == weights[1]
     rows = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
     measured = [
-        [{name: x for name, x in row.items() if not name.startswith(("time/", "tokens_per_s"))} for row in of_run]
+        [
+            {name: x for name, x in row.items() if not name.startswith(("time/", "perf/", "tokens_per_s"))}
+            for row in of_run
+        ]
         for of_run in rows
     ]
     assert len(measured[0]) == 3

@@ -157,7 +157,7 @@ def metrics_of(run_dir: Path) -> dict[tuple[int, str], float]:
         (int(row["step"]), name): value
         for row in read_metrics(run_dir / "metrics.jsonl")
         for name, value in row.items()
-        if not name.startswith("time/") and name != "tokens_per_s"
+        if not name.startswith(("time/", "perf/")) and name != "tokens_per_s"
     }
 
 

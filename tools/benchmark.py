@@ -1,35 +1,52 @@
-"""Benchmarks.
+"""Benchmarks, each beside what else does the same; docs/benchmark.md tells what they show.
 
 python tools/benchmark.py train
 python tools/benchmark.py train --only policy --num-sequences 16 --max-response-tokens 256
+python tools/benchmark.py end-to-end
+python tools/benchmark.py end-to-end --only equal --contenders ours trl
+python tools/benchmark.py packing
+python tools/benchmark.py rewards
 python tools/benchmark.py kernels
 python tools/benchmark.py kernels --only token-loss gae --shape 512,64,4096
 python tools/benchmark.py sync
 python tools/benchmark.py sync --model 0.5b --dtype bfloat16 --transport ipc gloo --num-servers 2
+python tools/benchmark.py compare before.json after.json
+python tools/benchmark.py table
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import tyro
 from rich.console import Console
 
-from megatron_orz.benchmark import kernels, sync, train
+from megatron_orz.benchmark import compare, end_to_end, kernels, packing, rewards, summary, sync, train
+from megatron_orz.command_line import plain_errors
 
-SUBJECTS: dict[str, Any] = {"train": train, "kernels": kernels, "sync": sync}
 WIDTH = 140
 """Columns of what goes into a file."""
 
+COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
+    "train": (train.Arguments, train.run),
+    "end-to-end": (end_to_end.Arguments, end_to_end.run),
+    "packing": (packing.Arguments, packing.run),
+    "rewards": (rewards.Arguments, rewards.run),
+    "kernels": (kernels.Arguments, kernels.run),
+    "sync": (sync.Arguments, sync.run),
+    "compare": (compare.Arguments, compare.main),
+    "table": (summary.Arguments, summary.run),
+}
+
 
 def main() -> None:
-    commands = {name: module.Arguments for name, module in SUBJECTS.items()}
-    try:
-        arguments: Any = tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
-        (module,) = (module for module in SUBJECTS.values() if isinstance(arguments, module.Arguments))
+    with plain_errors():
+        arguments: Any = tyro.extras.subcommand_cli_from_dict(
+            {name: of_command for name, (of_command, _) in COMMANDS.items()}, description=__doc__
+        )
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
-        module.run(arguments, console)
-    except ValueError as error:
-        sys.exit(str(error))
+        (run,) = (run for of_command, run in COMMANDS.values() if isinstance(arguments, of_command))
+        run(arguments, console)
 
 
 if __name__ == "__main__":

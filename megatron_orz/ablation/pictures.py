@@ -15,10 +15,7 @@ from megatron_orz.logs import read_metrics
 
 LENGTH = Panel(title="Response length", unit="tokens", metric="response/length_mean")
 MISMATCH = Panel(
-    title="Trainer against server",
-    unit="|difference of log-probs|, mean",
-    metric="log_prob_mismatch/mean",
-    log_scale=True,
+    title="Trainer against server", unit="mean |difference of log-probs|", metric="log_prob_mismatch/mean"
 )
 
 

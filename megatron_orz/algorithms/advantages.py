@@ -17,6 +17,8 @@ from megatron_orz.types import Experience, PackedBatch
 
 Estimator: TypeAlias = Callable[[PackedBatch, Tensor], Advantages]
 """(pack, values [T]) -> advantages, returns, moments: one of `gae.py`, with its arguments."""
+Importance: TypeAlias = Callable[[PackedBatch, Tensor], Tensor | None]
+"""(pack, old_log_probs [T]) -> weights [T], if any: `importance.importance_weights`, with its arguments."""
 AllGather: TypeAlias = Callable[[Tensor], Tensor]
 
 MIN_VARIANCE = 1e-8
@@ -30,8 +32,9 @@ def estimate(
     ref_log_probs: Sequence[Tensor],
     *,
     estimator: Estimator,
+    importance: Importance = lambda batch, old_log_probs: None,
 ) -> tuple[list[Experience], Tensor]:
-    """Adds advantages and returns to each pack; the advantages are not whitened.
+    """Adds advantages, returns and importance weights to each pack; the advantages are not whitened.
 
     old_log_probs, old_values, ref_log_probs: a [T] float32 tensor for each batch. The second result, [3], holds the
     moments of the advantages of all response tokens.
@@ -48,6 +51,7 @@ def estimate(
                 ref_log_probs=of_reference,
                 advantages=advantages,
                 returns=returns,
+                importance_weights=importance(batch, log_probs),
             )
         )
     return experiences, _whole(parts)

@@ -21,15 +21,12 @@ def policy_loss(
     *,
     clip_eps: float,
     clip_eps_high: float | None = None,
-    importance_cap: float = 0.0,
 ) -> LossOutput:
     """PPO's clipped surrogate: -w min(rho A, clip(rho, 1 - eps, 1 + eps_high) A), rho = pi / pi_old.
 
     eps_high is eps in PPO; in DAPO it is larger, which lets unlikely tokens gain more (Yu et al., 2025, section 3.1).
-    w = min(pi_old / pi_rollout, importance_cap), token by token, corrects for responses sampled by an older policy, or
-    by a server that computes otherwise (truncated importance sampling); a cap of 0 leaves it out. KL divergences are
-    estimated as r - 1 - log r, which is never negative: from pi_old with r = rho, from pi_rollout with r = the ratio
-    whose expectation under pi_rollout is 1.
+    w are the importance weights of the experience, where it has any (`importance.py`). The KL divergence from pi_old is
+    estimated as rho - 1 - log rho, which is never negative.
     """
     eps_high = clip_eps if clip_eps_high is None else clip_eps_high
     # Prompt tokens do not count, and must not overflow the exponential.
@@ -38,19 +35,14 @@ def policy_loss(
     unclipped = -ratio * experience.advantages
     clipped = -ratio.clamp(1 - clip_eps, 1 + eps_high) * experience.advantages
     per_token = torch.maximum(unclipped, clipped)
-    log_importance = torch.where(experience.loss_mask, experience.old_log_probs - experience.rollout_log_probs, 0.0)
-    importance = log_importance.exp()
     metrics = {
         "policy/clip_share": (clipped > unclipped).float(),
         "policy/approx_kl": (ratio - 1 - log_ratio).detach(),
         "policy/entropy": output.entropy.detach(),
         "policy/ratio": ratio.detach(),
-        "importance/ratio": importance,
-        "importance/kl": importance - 1 - log_importance,
     }
-    if importance_cap:
-        per_token = importance.clamp(max=importance_cap) * per_token
-        metrics["importance/clip_share"] = (importance > importance_cap).float()
+    if experience.importance_weights is not None:
+        per_token = experience.importance_weights * per_token
     return LossOutput(per_token=per_token, metrics=metrics)
 
 

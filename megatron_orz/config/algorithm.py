@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from megatron_orz.config.checks import require
-from megatron_orz.types import AdvantageKind, KLEstimator, LossMean
+from megatron_orz.types import AdvantageKind, ImportanceLevel, KLEstimator, LossMean
 
 KLPlace: TypeAlias = Literal["loss", "reward"]
 Refresh: TypeAlias = Literal["never", "epoch"] | int
@@ -54,8 +54,10 @@ class PPOConfig:
     """Clip range of the value around its old one; 0 turns value clipping off."""
     importance_cap: float = 0.0
     """A token's loss weighs min(pi_old / pi_rollout, cap), for rollouts of an older policy; 0 leaves the weight out."""
+    importance_level: ImportanceLevel = "token"
+    """Whose probabilities that ratio is of: each `token`'s, or those of the whole response, a `sequence` of tokens."""
     max_staleness: int = 0
-    """Policy versions rollouts may be behind: 0 waits for the servers; 1 lets them generate a step ahead meanwhile."""
+    """Policy versions rollouts may be behind: 0 waits for the servers; n lets them generate up to n steps ahead."""
     oversampling: float = 0.0
     """Share of prompts asked in addition; a step goes on without those answered last. It favours short responses."""
     max_resampling_rounds: int = 0
@@ -85,7 +87,12 @@ class PPOConfig:
         for name in ("entropy_coefficient", "overlong_tokens", "num_critic_warmup_steps"):
             require(getattr(self, name) >= 0, f"ppo.{name} {getattr(self, name)} is negative; 0 turns it off")
         require(self.importance_cap >= 0, f"ppo.importance_cap {self.importance_cap} is negative; 0 turns it off")
-        require(self.max_staleness in (0, 1), f"ppo.max_staleness {self.max_staleness} is neither 0 nor 1")
+        require(
+            self.importance_cap > 0 or self.importance_level == "token",
+            f"ppo.importance_level {self.importance_level} is about weights that ppo.importance_cap 0 leaves out; set "
+            "ppo.importance_cap, such as to 2",
+        )
+        require(self.max_staleness >= 0, f"ppo.max_staleness {self.max_staleness} is negative; 0 waits for the servers")
         require(self.oversampling >= 0, f"ppo.oversampling {self.oversampling} is negative; 0 turns it off")
         rounds = self.max_resampling_rounds
         require(rounds >= 0, f"ppo.max_resampling_rounds {rounds} is negative; 0 turns resampling off")

@@ -54,6 +54,9 @@ class FleetConfig:
     """A server that has requests but computes no token for this long is started anew."""
     update_timeout_s: float = 300.0
     """Deadline of one weight update."""
+    swaps_within_responses: bool = False
+    """An update does not wait for responses under way: they go on with the new weights, which first compute anew what
+    the old ones had cached. With ppo.max_staleness, and vLLM servers, which say whose weights sampled which token."""
     dtype: DType | None = None
     """Type of the weights in servers that are started; by default the policy's."""
     transport: TransportKind = "auto"
@@ -96,6 +99,11 @@ class FleetConfig:
         require(
             not (self.colocated and self.kind == "local"),
             "fleet.colocated is about servers, and fleet.kind is local; set it to false",
+        )
+        require(
+            self.kind == "vllm" or not self.swaps_within_responses,
+            f"fleet.swaps_within_responses needs servers that say whose weights sampled a token, which fleet.kind "
+            f"{self.kind} does not; set fleet.kind to vllm, or fleet.swaps_within_responses to false",
         )
         require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice; name each once")
         num_servers = len(self.urls) or self.num_servers

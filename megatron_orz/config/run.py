@@ -70,9 +70,14 @@ class Config:
             )
             require(
                 not self.ppo.oversampling and not self.ppo.max_resampling_rounds,
-                f"ppo.max_staleness {self.ppo.max_staleness} asks for prompts a step ahead, which ppo.oversampling and "
+                f"ppo.max_staleness {self.ppo.max_staleness} asks for prompts steps ahead, which ppo.oversampling and "
                 "ppo.max_resampling_rounds would change; set either to 0",
             )
+        require(
+            not self.fleet.swaps_within_responses or self.ppo.max_staleness > 0,
+            "fleet.swaps_within_responses is about responses under way during an update, and ppo.max_staleness 0 waits "
+            "for all of them; raise ppo.max_staleness, or set fleet.swaps_within_responses to false",
+        )
         require(
             self.fleet.kind != "local" or self.ppo.oversampling == 0,
             f"ppo.oversampling {self.ppo.oversampling} needs servers, which answer prompts apart; "

@@ -1,8 +1,8 @@
 """Packed causal attention for megatron-core.
 
-A pack is handed to megatron-core as one long sequence (`sbhd` with a batch of one) whose rotary angles are
-already gathered by position, so that its own code never loops over sequences. This module alone knows where
-they begin and end.
+A pack is handed to megatron-core as one long sequence (`sbhd` with a batch of one) without rotary angles, so that its
+own code never loops over sequences: queries and keys are turned here, by angles that are already gathered by position.
+This module alone knows where sequences begin and end.
 
     on                  one rank a sequence                     context parallel (keys and values are gathered)
     CUDA, 16 bit        variable-length flash attention         the same, a chunk of a sequence against its keys
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from megatron_orz.engine.context import ContextSlice
+from megatron_orz.ops.rotary import rotate
 
 PADDING_SHARE = 0.15
 """Most of a group's positions that may be padding before another group is opened."""
@@ -54,10 +55,12 @@ class PackLayout(PackedSeqParams):
 
     groups: None where a variable-length kernel reads `cu_seqlens_q` itself, and under context parallelism.
     context: None without context parallelism; with it, queries are chunks of sequences.
+    rotation: cosines and sines of the rotary angles of each position, [T, d/2]; the model says what they are.
     """
 
     groups: PaddedGroups | None = None
     context: ContextSlice | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
 def pack_layout(
@@ -176,6 +179,8 @@ class PackedAttention(MegatronModule):
         assert attention_bias is None
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         layout = packed_seq_params
+        if layout.rotation is not None:
+            q, k = rotate(q, *layout.rotation), rotate(k, *layout.rotation)
         if layout.context is not None:
             k, v = _visible_keys(k, v, layout.context)
         if _has_kernel(q.is_cuda, q.dtype):

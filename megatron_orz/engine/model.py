@@ -17,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +28,8 @@ from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.attention import PackedAttention
 from megatron_orz.engine.parallel import Mesh
 from megatron_orz.engine.stages import layers_of_chunks
+from megatron_orz.ops.rms_norm import rms_norm
+from megatron_orz.ops.swiglu import swiglu
 
 DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -38,6 +41,18 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # finalize_model_grads sums the gradient of such a weight over the tensor-parallel ranks.
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., H]."""
+        assert self.eps is not None
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class GatedSilu(MegatronModule):
+    """The activation between the projections of a feed-forward layer, [..., 2 F] -> [..., F]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swiglu(x)
 
 
 class ValueHead(torch.nn.Module):
@@ -59,12 +74,18 @@ class ValueHead(torch.nn.Module):
 
 
 class HeadlessGPTModel(GPTModel):
-    """A `GPTModel` whose last stage returns hidden states, and whose rotary angles follow `position_ids`."""
+    """A `GPTModel` whose last stage returns hidden states, and whose rotary angles follow `position_ids`.
+
+    `PackedAttention` turns queries and keys, by cosines and sines that are computed once a pack.
+    """
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, rotary_pos_emb, *rest = super()._preprocess(*args, **kwargs)
-        position_ids = kwargs["position_ids"]
-        return (decoder_input, rotary_pos_emb.index_select(0, position_ids[0]), *rest)
+        # [longest, 1, 1, d], the angles of the pairs twice
+        angles = rotary_pos_emb[:, 0, 0].chunk(2, dim=-1)[0].index_select(0, kwargs["position_ids"][0])
+        dtype = self.config.params_dtype
+        kwargs["packed_seq_params"].rotation = angles.cos().to(dtype), angles.sin().to(dtype)
+        return (decoder_input, None, *rest)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
@@ -136,6 +157,8 @@ def _local_spec(architecture: Architecture, layer: int) -> ModuleSpec:
     attention.core_attention = PackedAttention
     if architecture.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    mlp = parts.mlp.submodules if num_experts is None else parts.mlp.submodules.experts.submodules
+    mlp.activation_func = GatedSilu
     if num_experts is not None:
         # In checkpoints a norm goes by the name it has where it is fused with the layer that follows; this one is not.
         del parts.sharded_state_dict_keys_map["pre_mlp_layernorm."]
@@ -170,6 +193,7 @@ def _transformer_config(
         layernorm_epsilon=architecture.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=not uses_transformer_engine(mesh),  # a module of the spec, here `GatedSilu`
         add_bias_linear=False,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,

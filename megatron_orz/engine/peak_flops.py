@@ -24,8 +24,8 @@ NOMINAL_BF16: dict[str, float] = {
 }
 """FLOP/s by what a device's name holds; the first that fits."""
 
-MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
-NUM_REPEATS = 5
+MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+NUM_REPEATS = 8
 
 
 @dataclass(frozen=True, kw_only=True)

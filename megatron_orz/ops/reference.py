@@ -187,3 +187,23 @@ def slot_attention(
         scale=scale,
     )
     return out.flatten(1, 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x_i (mean_j x_j^2 + eps)^(-1/2) w_i over the last dimension. x: [..., H]; weight: [H]."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(a) b for rows [a, b], where silu(a) = a / (1 + e^-a). x: [..., 2 F]. Returns [..., F]."""
+    gate, linear = x.chunk(2, dim=-1)
+    return F.silu(gate) * linear
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Pairs (x_i, x_{i + d/2}) as complex numbers x_i + j x_{i + d/2}, times cos + j sin.
+
+    x: [T, heads, d]; cos, sin: [T, d/2].
+    """
+    (left, right), cos, sin = x.chunk(2, dim=-1), cos[:, None], sin[:, None]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)

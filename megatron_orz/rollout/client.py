@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Literal, Self, TypeAlias
 
@@ -18,7 +19,7 @@ import httpx
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout.servers import DeadlineError, RefusedError, ServerError, UnreachableError
 from megatron_orz.rollout.token import authorization
-from megatron_orz.types import FinishReason, Prompt, Rollout
+from megatron_orz.types import FinishReason, Prompt, Rollout, Swap
 
 # Servers drop connections idle for 5 s, and a request sent at that moment fails. Dropping them earlier here leaves no
 # such moment.
@@ -44,7 +45,7 @@ class GenerationRequest:
     seed: int
     sampling: SamplingConfig
     version: int
-    """The policy version of the weights that answer."""
+    """The policy version that servers hold as the request goes out: tokens of older weights are no answer to it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,8 @@ class Answer:
     token_ids: Sequence[int]
     log_probs: Sequence[float]
     finish_reason: str
+    versions: Sequence[tuple[int, int]]
+    """(index of the first token, version of the weights) of every stretch of tokens that one version sampled."""
 
 
 class ServerClient(ABC):
@@ -211,13 +214,28 @@ def _rollout(answer: Answer, request: GenerationRequest) -> Rollout:
         raise ValueError("a response holds something else than token ids")
     if not all(map(math.isfinite, log_probs)):
         raise ValueError("a log-probability is not a finite number")
+    first, *swaps = _versions(answer.versions, len(token_ids))
+    if first.version < request.version:
+        raise ValueError(f"weights of version {first.version} answered, older than {request.version}")
     return Rollout(
         prompt=request.prompt,
         response_ids=token_ids,
         rollout_log_probs=log_probs,
         finish_reason=_finish_reason(answer.finish_reason),
-        policy_version=request.version,
+        policy_version=first.version,
+        swaps=tuple(swaps),
     )
+
+
+def _versions(stretches: Sequence[tuple[int, int]], num_tokens: int) -> list[Swap]:
+    """Where versions begin, that of the first token included."""
+    found = [Swap(token, version) for token, version in stretches]
+    if not all(type(token) is int and type(version) is int for token, version in found):
+        raise ValueError(f"the versions of the weights are {found}")
+    is_ordered = all(a.token < b.token and a.version < b.version for a, b in pairwise(found))
+    if not found or found[0].token != 0 or found[-1].token >= num_tokens or not is_ordered:
+        raise ValueError(f"the versions of the weights are {found}, of {num_tokens} tokens")
+    return found
 
 
 def _finish_reason(reason: str) -> FinishReason:

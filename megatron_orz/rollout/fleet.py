@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
-from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.client import Memory
 from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
-from megatron_orz.rollout.wire import RolloutArrays
+from megatron_orz.rollout_arrays import RolloutArrays
 from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
 
 MAX_UPDATES = 3
@@ -57,6 +57,31 @@ def open_fleet(
                 yield ServerFleet(group, ranks=ranks)
 
 
+class RolloutsUnderWay:
+    """What servers were asked for and the ranks do not wait for."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        num_responses: int,
+        future: Future[dict[int, list[Rollout]]] | None,
+        ranks: Ranks,
+    ) -> None:
+        """future: on rank 0 only."""
+        self._prompts = list(prompts)
+        self._num_responses = num_responses
+        self._future = future
+        self._ranks = ranks
+
+    def result(self) -> list[Rollout]:
+        """Waits for them: siblings adjacent, in the order of the prompts. Collective."""
+        arrays = None
+        with self._ranks.share_fate("generation"):
+            if self._future is not None:
+                arrays = RolloutArrays.pack(list(chain.from_iterable(self._future.result().values())))
+        return self._ranks.broadcast(arrays).unpack(self._prompts, num_responses=self._num_responses)
+
+
 class ServerFleet:
     """A Fleet of inference servers, which rank 0 alone talks to."""
 
@@ -64,15 +89,12 @@ class ServerFleet:
         """servers: on rank 0 only."""
         self._servers = servers
         self._ranks = ranks
-        self._version = INITIAL_VERSION
-        self._started: tuple[list[Prompt], int, Future[tuple[list[int], list[Rollout]]] | None] | None = None
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Replaces the weights of every server that is up.
 
         When servers die of it, the weights are gathered and sent once more, if they can be.
         """
-        assert self._started is None, "requests are under way: finish comes first"
         for attempt in range(1, MAX_UPDATES + 1):
             lost = ""
             is_last = attempt == MAX_UPDATES or not isinstance(weights, RepeatableWeights)
@@ -88,7 +110,6 @@ class ServerFleet:
                 break
             assert isinstance(weights, RepeatableWeights)
             weights = weights.again()
-        self._version = version
 
     def generate(
         self,
@@ -116,17 +137,12 @@ class ServerFleet:
         answers = None
         with self._ranks.share_fate("generation"):
             if self._servers is not None:
-                answered, rollouts = self._servers.generate(
-                    prompts,
-                    num_responses=num_responses,
-                    seed=seed,
-                    version=self._version,
-                    num_groups=num_groups,
-                    on_rollout=on_rollout,
+                siblings = self._servers.generate(
+                    prompts, num_responses=num_responses, seed=seed, num_groups=num_groups, on_rollout=on_rollout
                 )
-                answers = answered, RolloutArrays.pack(rollouts)
+                answers = list(siblings), RolloutArrays.pack(list(chain.from_iterable(siblings.values())))
         answered, arrays = self._ranks.broadcast(answers)
-        return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses, version=self._version)
+        return arrays.unpack([prompts[index] for index in answered], num_responses=num_responses)
 
     def start(
         self,
@@ -134,27 +150,19 @@ class ServerFleet:
         *,
         num_responses: int,
         seed: int,
+        answers: dict[int, list[Rollout]],
         on_rollout: Callable[[], None] | None = None,
-    ) -> None:
-        """Begins a `generate` that goes on while the ranks do something else; nothing else may be asked meanwhile."""
-        assert self._started is None, "finish comes first"
-        under_way = None
-        if self._servers is not None:
-            under_way = self._servers.start(
-                prompts, num_responses=num_responses, seed=seed, version=self._version, on_rollout=on_rollout
-            )
-        self._started = list(prompts), num_responses, under_way
+    ) -> RolloutsUnderWay:
+        """Begins a `generate` that goes on while the ranks do something else, updates included.
 
-    def finish(self) -> list[Rollout]:
-        """Waits for the rollouts of what `start` began."""
-        assert self._started is not None, "start comes first"
-        (prompts, num_responses, under_way), self._started = self._started, None
-        arrays = None
-        with self._ranks.share_fate("generation"):
-            if under_way is not None:
-                _, rollouts = under_way.result()
-                arrays = RolloutArrays.pack(rollouts)
-        return self._ranks.broadcast(arrays).unpack(prompts, num_responses=num_responses, version=self._version)
+        answers: siblings of prompts that need not be asked, by their place; on rank 0 it grows with every answer.
+        """
+        future = None
+        if self._servers is not None:
+            future = self._servers.start(
+                prompts, num_responses=num_responses, seed=seed, answers=answers, on_rollout=on_rollout
+            )
+        return RolloutsUnderWay(prompts, num_responses, future, self._ranks)
 
     def sleep(self) -> None:
         """Gives up the GPU memory of all servers, and with it the weights: an update comes next."""

@@ -19,6 +19,7 @@ from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport, choose_transport
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
+from megatron_orz.rollout.vllm_spans import SpanVLLMClient
 
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
 
@@ -77,8 +78,11 @@ def _launch(kind: ServerKind, index: int, fleet: FleetConfig, model: ModelConfig
 
 
 def _client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
-    client = SGLangClient if kind == "sglang" else VLLMClient
-    return client(url, request_timeout_s=fleet.request_timeout_s)
+    timeout_s = fleet.request_timeout_s
+    if kind == "sglang":
+        return SGLangClient(url, request_timeout_s=timeout_s)
+    vllm_client = SpanVLLMClient if fleet.swaps_within_responses else VLLMClient
+    return vllm_client(url, request_timeout_s=timeout_s)
 
 
 def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, folder: Path) -> WeightSender:
@@ -88,6 +92,7 @@ def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, folder: 
         build_transport(choose_transport(fleet), folder=folder),
         timeout_s=fleet.update_timeout_s,
         verification=fleet.verification,
+        keeps_requests=fleet.swaps_within_responses,
     )
     try:
         sender.connect()

@@ -14,7 +14,7 @@ from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.client import LIMITS, GenerationRequest
 from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.servers import ServerError
-from megatron_orz.rollout.token import authorization
+from megatron_orz.rollout.token import TOKEN_VARIABLE, authorization
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.types import Prompt, Rollout
 
@@ -23,9 +23,9 @@ _MAX_REQUESTS_IN_FLIGHT = 128
 
 
 class LiveServer:
-    """Generation by the first model that a server at `url` serves, whatever its name.
+    """Generation by the first model that a server at `url` serves, whatever its name. To be closed.
 
-    Raises ServerError when it cannot be reached, or is no vLLM server that returns token ids.
+    Raises ServerError when it cannot be reached, wants another token, or is no vLLM server that takes token ids.
     """
 
     def __init__(self, url: str, sampling: SamplingConfig, *, request_timeout_s: float) -> None:
@@ -64,6 +64,10 @@ class LiveServer:
             )
         return rollouts
 
+    def close(self) -> None:
+        """Closes the connections."""
+        self._client.close()
+
     async def _generate(
         self, prompts: Sequence[Prompt], num_responses: int, seed: int, version: int, on_rollout: Callable[[], None]
     ) -> list[Rollout]:
@@ -98,6 +102,11 @@ class LiveServer:
 
 
 def _json(response: httpx.Response) -> dict[str, Any]:
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise ServerError(
+            f"{response.url} answers only those who know its run's token; start the run, and this, with the same "
+            f"{TOKEN_VARIABLE} in the environment"
+        )
     if response.status_code != httpx.codes.OK:
         raise ServerError(f"{response.url} answered {response.status_code}: {response.text[:1000]}")
     try:

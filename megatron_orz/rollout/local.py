@@ -13,7 +13,7 @@ from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.decoding import decode
 from megatron_orz.rollout.sampling import Endings, StopStrings, uniforms
 from megatron_orz.rollout.slots import SLOTS
-from megatron_orz.rollout.wire import RolloutArrays
+from megatron_orz.rollout_arrays import RolloutArrays
 from megatron_orz.types import NamedWeights, Prompt, Rollout
 
 
@@ -74,7 +74,7 @@ class LocalFleet:
             )
         rollouts: list[Rollout] = []
         per_rank = [
-            iter(arrays.unpack(prompts[source::size], num_responses=num_responses, version=self._version))
+            iter(arrays.unpack(prompts[source::size], num_responses=num_responses))
             for source, arrays in enumerate(self._ranks.gather(arrays))
         ]
         for index in range(len(prompts)):

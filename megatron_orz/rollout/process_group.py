@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron_orz.rollout.meeting import Meeting
 
 TRAINER_RANK = 0
+NUM_CONNECTIONS = 2
+"""Of gloo, between any two ranks; operations take them in turns."""
 
 
 def join_group(backend: str, meeting: Meeting, rank: int) -> Any:
@@ -30,5 +32,5 @@ def join_group(backend: str, meeting: Meeting, rank: int) -> Any:
     options = gloo._Options()
     options._timeout = timedelta(seconds=meeting.timeout_s)
     # The default device resolves the host's name, which fails where that has no address.
-    options._devices = [gloo.create_device(hostname=meeting.address)]
+    options._devices = [gloo.create_device(hostname=meeting.address) for _ in range(NUM_CONNECTIONS)]
     return gloo(store, rank, size, options)

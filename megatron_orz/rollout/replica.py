@@ -85,6 +85,8 @@ class Replica:
         """Why the server failed last."""
         self.version: int | None = None
         """The policy version of the weights the server holds; None where that is unknown."""
+        self.is_updating = False
+        """New weights are on their way: the server computes nothing, and its version is about to change."""
         self.num_restarts = 0
         self.num_requests = 0
         """Requests asked and not answered."""
@@ -225,12 +227,14 @@ class Replica:
         """Gives the server up: it is stopped, and started anew unless the failure is final."""
         if is_final:
             self._num_failures = len(_RESTART_DELAYS_S)
+        self.is_updating = False
         if not self._failure.done():
             self._failure.set_result(reason)
 
     def updated(self, version: int) -> None:
         """The server holds the weights of `version`, and has thereby shown that it works."""
         self.version = version
+        self.is_updating = False
         self._num_failures = 0
 
     async def close(self) -> None:
@@ -274,7 +278,7 @@ class Replica:
                     return str(error)
                 continue
             num_misses = 0
-            if computed != last or not self.num_requests:
+            if computed != last or not self.num_requests or self.is_updating:
                 last, since = computed, time.monotonic()
             elif time.monotonic() - since > self._stuck_timeout_s:
                 return (

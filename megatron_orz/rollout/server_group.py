@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import httpx
 from anyio.from_thread import BlockingPortal, start_blocking_portal
@@ -70,6 +70,7 @@ class ServerGroup:
         self._replicas = replicas
         self._sampling = sampling
         self._min_servers = fleet.min_servers
+        self._swaps_within = fleet.swaps_within_responses
         self._http = http
         self._portal = portal
         self._has_memory = has_memory
@@ -79,17 +80,23 @@ class ServerGroup:
         )
         self._sender: tuple[list[ServerClient], Sender] | None = None
         self._waits_for_all = False
+        self._under_way: set[Future[Any]] = set()
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
-        """New weights for every server that is up.
+        """New weights for every server that is up. Requests that wait go out to the new weights; what was asked already
+        is waited for, or goes on with the new weights (`fleet.swaps_within_responses`).
 
         An update that fails midway leaves all its servers with neither the old nor the new weights, so that they are
         started anew. Raises ServersLostError when one of them died of it: the update can be repeated, and the next one
         waits for all. What fails though every server lives would fail again, and is raised as it is.
         """
+        self._portal.call(partial(self._router.hold, until_answered=not self._swaps_within))
         replicas = self._portal.call(self._ready)
         try:
-            self._sender_to(replicas).send(weights, version)
+            sender = self._sender_to(replicas)
+            for replica in replicas:
+                replica.is_updating = True
+            sender.send(weights, version)
         except RuntimeError as error:
             self._drop_sender()
             has_died = any(self._portal.call(self._have_died, replicas))
@@ -104,6 +111,7 @@ class ServerGroup:
         self._waits_for_all = False
         for replica in replicas:
             replica.updated(version)
+        self._portal.call(self._router.go_on, version)
 
     def generate(
         self,
@@ -111,23 +119,15 @@ class ServerGroup:
         *,
         num_responses: int,
         seed: int,
-        version: int,
         num_groups: int | None = None,
         on_rollout: Callable[[], None] | None = None,
-    ) -> tuple[list[int], list[Rollout]]:
-        """The rollouts of the weights of `version`, siblings adjacent, in the order of the prompts.
+    ) -> dict[int, list[Rollout]]:
+        """The siblings of every prompt by its place, in order, of the weights that the servers hold.
 
         num_groups: of the prompts, those answered first; None: all of them.
-        Returns which prompts were answered, and their rollouts.
         """
-        return self.start(
-            prompts,
-            num_responses=num_responses,
-            seed=seed,
-            version=version,
-            num_groups=num_groups,
-            on_rollout=on_rollout,
-        ).result()
+        requests = self._requests(prompts, num_responses, seed)
+        return self._portal.start_task_soon(self._answer, requests, num_groups, None, False, on_rollout).result()
 
     def start(
         self,
@@ -135,23 +135,18 @@ class ServerGroup:
         *,
         num_responses: int,
         seed: int,
-        version: int,
-        num_groups: int | None = None,
+        answers: dict[int, list[Rollout]],
         on_rollout: Callable[[], None] | None = None,
-    ) -> Future[tuple[list[int], list[Rollout]]]:
-        """A `generate` that goes on while the caller does something else."""
-        requests = [
-            GenerationRequest(
-                request_id=f"v{version}-s{seed}-p{index}",
-                prompt=prompt,
-                num_responses=num_responses,
-                seed=prompt_seed(seed, index),
-                sampling=self._sampling,
-                version=version,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-        return self._portal.start_task_soon(self._answer, requests, version, num_groups, on_rollout)
+    ) -> Future[dict[int, list[Rollout]]]:
+        """A `generate` that goes on while the caller does something else, updates included; a `generate` goes before.
+
+        answers: siblings of prompts that need not be asked, by their place; grows with every answer.
+        """
+        requests = self._requests(prompts, num_responses, seed)
+        future = self._portal.start_task_soon(self._answer, requests, None, answers, True, on_rollout)
+        self._under_way.add(future)
+        future.add_done_callback(self._under_way.discard)
+        return future
 
     def sleep(self) -> None:
         """Gives up the GPU memory of all servers, and with it the weights. No server is started anew until `wake`."""
@@ -172,42 +167,62 @@ class ServerGroup:
         }
 
     def close(self) -> None:
-        """Leaves the servers; what runs is ended by `open_group`."""
+        """Leaves the servers, and what they were asked; what runs is ended by `open_group`."""
+        for future in list(self._under_way):
+            future.cancel()
         self._drop_sender()
+
+    def _requests(self, prompts: Sequence[Prompt], num_responses: int, seed: int) -> list[GenerationRequest]:
+        version = self._router.version
+        return [
+            GenerationRequest(
+                request_id=f"v{version}-s{seed}-p{index}",
+                prompt=prompt,
+                num_responses=num_responses,
+                seed=prompt_seed(seed, index),
+                sampling=self._sampling,
+                version=version,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
 
     async def _answer(
         self,
         requests: Sequence[GenerationRequest],
-        version: int,
         num_groups: int | None,
+        answers: dict[int, list[Rollout]] | None,
+        in_background: bool,
         on_rollout: Callable[[], None] | None,
-    ) -> tuple[list[int], list[Rollout]]:
+    ) -> dict[int, list[Rollout]]:
         if not requests:
-            return [], []
-        await self._check_version(version)
-        answers = await self._router.answer(requests, num_needed=num_groups, on_rollout=on_rollout)
-        await self._check_version(version)
-        if len(answers) < len(requests):
+            return {}
+        await self._check_versions()
+        answered = await self._router.answer(
+            requests, num_needed=num_groups, answers=answers, in_background=in_background, on_rollout=on_rollout
+        )
+        await self._check_versions()
+        if len(answered) < len(requests):
             # A server notices at some time that nobody waits for an answer; nothing may be left at the next update.
             await asyncio.gather(*(replica.drop_requests() for replica in self._replicas if replica.is_up))
-        return list(answers), [rollout for siblings in answers.values() for rollout in siblings]
+        return answered
 
-    async def _check_version(self, version: int) -> None:
+    async def _check_versions(self) -> None:
         """Raises ServerError when a server holds other weights than it was given."""
 
         async def check(replica: Replica) -> None:
+            version = replica.version
             try:
                 served = await replica.client.served_version(self._http)
             except ServerError:
                 await replica.is_well()  # a server that does not answer is the watch's business
                 return
-            if served != str(version):
+            if replica.version == version and not replica.is_updating and served != str(version):
                 raise ServerError(
                     f"the server at {replica.client.url} holds weights of version {served}, not {version}; "
                     "only this run's update_weights may change them"
                 )
 
-        await asyncio.gather(*(check(replica) for replica in self._replicas if replica.holds(version)))
+        await asyncio.gather(*(check(replica) for replica in self._replicas if replica.holds(self._router.version)))
 
     async def _ready(self) -> list[Replica]:
         """The servers that take part in an update: all that are up, at least `min_servers`.

@@ -57,6 +57,7 @@ class SGLangClient(ServerClient):
                 token_ids=sibling["output_ids"],
                 log_probs=[log_prob for log_prob, *_ in sibling["meta_info"]["output_token_logprobs"]],
                 finish_reason=sibling["meta_info"]["finish_reason"]["type"],
+                versions=[(0, request.version)],
             )
             for sibling in siblings
         ]

@@ -74,6 +74,7 @@ class WeightSender:
     """Updates servers over one transport: one send reaches all of them.
 
     timeout_s: deadline of connecting, and of one whole update.
+    keeps_requests: there may be requests amid their responses, which go on with the new weights.
     """
 
     def __init__(
@@ -83,11 +84,13 @@ class WeightSender:
         *,
         timeout_s: float,
         verification: Verification = "sampled",
+        keeps_requests: bool = False,
     ) -> None:
         self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
         self._verification = verification
+        self._keeps_requests = keeps_requests
         self._posts = ThreadPoolExecutor(len(clients), "weights")
         self._meeting: Meeting | None = None
         self._dtype: torch.dtype | None = None  # the servers', and that of the weights on the way
@@ -147,8 +150,10 @@ class WeightSender:
             for client, answer in zip(self._clients, held, strict=True):
                 digests.compare(answer["results"], client.url)
         verified = time.perf_counter()
-        # An update leaves the cached keys and values of the old weights in place.
-        if not all(answer["success"] for answer in post("/reset_prefix_cache")):
+        # An update leaves the cached keys and values of the old weights in place. Requests amid their responses compute
+        # theirs anew, so that what they go on with is what the new weights would have.
+        kept = {"reset_running_requests": str(self._keeps_requests).lower()}
+        if not all(answer["success"] for answer in post("/reset_prefix_cache", query=kept)):
             raise ServerError("a server could not reset its prefix cache: requests still hold parts of it")
         post("/update_weight_version", {"new_version": str(version)})
         post("/resume")

@@ -52,17 +52,22 @@ class VLLMClient(ServerClient):
         """The choices of a completion."""
         if reply["id"] != f"cmpl-{request.request_id}":
             raise ValueError(f"this answers {reply['id']!r}, not {request.request_id!r}")
-        choices = sorted(reply["choices"], key=lambda choice: choice["index"])
-        if [choice["index"] for choice in choices] != list(range(len(choices))):
-            raise ValueError("two choices have the same index")
         return [
             Answer(
                 token_ids=choice["token_ids"],
                 log_probs=choice["logprobs"]["token_logprobs"],
                 finish_reason=choice["finish_reason"],
+                versions=[(0, request.version)],
             )
-            for choice in choices
+            for choice in self.siblings(reply["choices"])
         ]
+
+    def siblings(self, choices: Any) -> list[Any]:
+        """The choices of a reply in the order of their indices."""
+        ordered = sorted(choices, key=lambda choice: choice["index"])
+        if [choice["index"] for choice in ordered] != list(range(len(ordered))):
+            raise ValueError("two choices have the same index")
+        return ordered
 
     def set_version(self, version: int) -> None:
         """Tells the server the version of the weights it holds."""

@@ -12,6 +12,7 @@ import torch
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.servers import MODEL_NAME, Launch, base_environment, free_port, visible_gpus
+from megatron_orz.rollout.vllm_spans import SERVER_ARGUMENTS
 
 _CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
@@ -58,6 +59,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",
+        *(SERVER_ARGUMENTS if fleet.swaps_within_responses else ()),
     ]
     if on_cuda:
         asleep = ["--enable-sleep-mode"] if fleet.colocated else []

@@ -11,12 +11,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import simpy
+from numpy.typing import NDArray
 
 from megatron_orz.simulation.profile import Decoding
 
 SLACK = 1e-9
-"""Tokens by which rounding may let a response seem unfinished."""
+"""Iterations by which rounding may let a response seem unfinished."""
 
 
 class Request:
@@ -25,19 +27,29 @@ class Request:
     def __init__(self, lengths: Sequence[int], on_answer: Callable[[Request], None]) -> None:
         self.lengths = lengths
         self.on_answer = on_answer
-        self.num_left = len(lengths)
+        self.num_waiting = len(lengths)
+        self.last_end = 0.0
+        """Iteration at which the last of its started siblings ends."""
         self.version = 0
         """Of the weights its first token is sampled from."""
 
 
 class Server:
-    """Decodes running responses together: each gains a token an iteration, whose time depends on how many they are."""
+    """Decodes running responses together: each gains a token an iteration, whose time depends on how many they are.
+
+    An end of a response is an event only where it ends a whole request, or where others wait for its place: the ends
+    between two events are passed over.
+    """
 
     def __init__(self, env: simpy.Environment, decoding: Decoding) -> None:
         self._env = env
         self._decoding = decoding
-        self._running: list[tuple[float, int, Request]] = []
-        """(iteration it ends at, order, request): a heap."""
+        self._ends: NDArray[np.float64] = np.empty(0)
+        """Iterations at which running responses end, in order."""
+        self._times: NDArray[np.float64] = np.empty(0)
+        """Seconds from `_since` to each of them."""
+        self._requests: list[tuple[float, int, Request]] = []
+        """(iteration it ends at, order, request) of those that run whole: a heap."""
         self._waiting: deque[tuple[int, Request]] = deque()
         self._iterations = 0.0
         self._since = env.now
@@ -50,11 +62,10 @@ class Server:
         self.num_rollouts = 0
         """Asked of it in requests that are not answered yet."""
         self.busy_s = 0.0
-        self.num_tokens = 0
 
     def ask(self, request: Request) -> None:
         """Starts a request, or lets it wait for room."""
-        self._settle()
+        self.settle()
         request.version = self.version
         self.num_rollouts += len(request.lengths)
         self._waiting.extend((length, request) for length in request.lengths)
@@ -62,63 +73,92 @@ class Server:
 
     def pause(self) -> None:
         """Stops decoding; running responses keep their places."""
-        self._settle()
+        self.settle()
         self._paused = True
         self._ticket += 1
 
     def resume(self) -> None:
         """Goes on where it stopped."""
-        self._settle()
+        self.settle()
         self._paused = False
         self._go_on()
 
     def abort(self) -> None:
         """Drops all requests."""
-        self._settle()
-        self._running.clear()
+        self.settle()
+        self._ends = self._times = np.empty(0)
+        self._requests.clear()
         self._waiting.clear()
         self.num_rollouts = 0
         self._ticket += 1
 
     def settle(self) -> None:
-        """Brings `busy_s` up to the present."""
-        self._settle()
+        """Brings progress and `busy_s` up to the present."""
+        elapsed, self._since = self._env.now - self._since, self._env.now
+        if self._paused or not len(self._ends) or elapsed == 0:
+            return
+        self.busy_s += min(elapsed, float(self._times[-1]))
+        num_over = int(np.searchsorted(self._times, elapsed, side="right"))
+        if num_over:
+            self._iterations = float(self._ends[num_over - 1])
+            elapsed -= float(self._times[num_over - 1])
+        if num_over < len(self._ends):
+            self._iterations += elapsed / self._iteration_s(len(self._ends) - num_over)
+        self._forget(num_over)
 
-    def _settle(self) -> None:
-        if self._running and not self._paused:
-            elapsed = self._env.now - self._since
-            self._iterations += elapsed / self._iteration_s()
-            self.busy_s += elapsed
-        self._since = self._env.now
+    def _iteration_s(self, num_running: int) -> float:
+        return self._decoding.seconds(num_running) * self.slowness
 
-    def _iteration_s(self) -> float:
-        return self._decoding.seconds(len(self._running)) * self.slowness
+    def _forget(self, num_over: int) -> None:
+        self._ends = self._ends[num_over:]
+        self._time_ends()
+
+    def _time_ends(self) -> None:
+        """From one end to the next, one response fewer is running."""
+        num_running = np.arange(len(self._ends), 0, -1)
+        per_iteration = (self._decoding.iteration_s + num_running * self._decoding.response_s) * self.slowness
+        steps = np.diff(self._ends, prepend=self._iterations)
+        self._times = np.cumsum(np.maximum(steps, 0.0) * per_iteration)
 
     def _go_on(self) -> None:
-        """Fills free places, and waits for the response that ends next. Progress must be settled."""
-        while self._waiting and len(self._running) < self._decoding.max_running:
+        """Fills free places, and waits for what ends next. Progress must be settled."""
+        started: list[float] = []
+        while self._waiting and len(self._ends) + len(started) < self._decoding.max_running:
             length, request = self._waiting.popleft()
-            self._num_started += 1
-            self.num_tokens += length
-            heapq.heappush(self._running, (self._iterations + length, self._num_started, request))
+            end = self._iterations + length
+            started.append(end)
+            request.num_waiting -= 1
+            request.last_end = max(request.last_end, end)
+            if request.num_waiting == 0:
+                self._num_started += 1
+                heapq.heappush(self._requests, (request.last_end, self._num_started, request))
+        if started:
+            self._ends = np.sort(np.concatenate([self._ends, started]))
+        self._time_ends()
         self._ticket += 1
-        if self._running and not self._paused:
-            left = max(0.0, self._running[0][0] - self._iterations)
-            end = self._env.timeout(left * self._iteration_s())
-            assert end.callbacks is not None
-            end.callbacks.append(partial(self._end_responses, self._ticket))
+        if self._paused or not (len(self._ends) or self._requests):
+            return
+        upcoming = [self._requests[0][0]] if self._requests else []
+        if self._waiting:
+            upcoming.append(float(self._ends[0]))
+        place = int(np.searchsorted(self._ends, min(upcoming) - SLACK))
+        wait = float(self._times[place]) if place < len(self._ends) else 0.0
+        event = self._env.timeout(wait)
+        assert event.callbacks is not None
+        event.callbacks.append(partial(self._reach, self._ticket, min(upcoming)))
 
-    def _end_responses(self, ticket: int, end: simpy.Event) -> None:
+    def _reach(self, ticket: int, iterations: float, event: simpy.Event) -> None:
+        """The iteration at which something ends."""
         if ticket != self._ticket:
             return  # something has changed since: another end is awaited
-        self._settle()
+        self.settle()
+        self._iterations = max(self._iterations, iterations)
+        self._forget(int(np.searchsorted(self._ends, self._iterations + SLACK, side="right")))
         answered = []
-        while self._running and self._running[0][0] <= self._iterations + SLACK:
-            _, _, request = heapq.heappop(self._running)
-            request.num_left -= 1
-            if request.num_left == 0:
-                self.num_rollouts -= len(request.lengths)
-                answered.append(request)
+        while self._requests and self._requests[0][0] <= self._iterations + SLACK:
+            _, _, request = heapq.heappop(self._requests)
+            self.num_rollouts -= len(request.lengths)
+            answered.append(request)
         self._go_on()
         for request in answered:
             request.on_answer(request)

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_orz.data.synthetic import ArithmeticTask, build_tokenizer, make_problems, write_problems
 from tests.engine import tiny
-from tests.test_train import RECIPE
+from tests.recipe import RECIPE
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from statistics import fmean
 from threading import Barrier
 
 import pytest
@@ -14,7 +17,8 @@ from torch import Tensor
 from megatron_orz.algorithms.advantages import estimate
 from megatron_orz.algorithms.gae import gae
 from megatron_orz.metrics.experience import experience_metrics
-from megatron_orz.types import Metrics, PackedBatch
+from megatron_orz.metrics.importance import importance_metrics
+from megatron_orz.types import ImportanceLevel, Metrics, PackedBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = [[4, 7], [5], [1, 9, 3], [6]]
@@ -61,15 +65,20 @@ def pack(lengths: list[int], generator: torch.Generator) -> tuple[PackedBatch, T
     return batch, old_log_probs, values
 
 
-def metrics_of(shares: Sequence[Sequence[tuple[PackedBatch, Tensor, Tensor]]]) -> Metrics:
-    """Rank i holds share i."""
+def metrics_of(
+    shares: Sequence[Sequence[tuple[PackedBatch, Tensor, Tensor]]], level: ImportanceLevel | None = None
+) -> Metrics:
+    """Rank i holds share i. level: of the importance weights, whose metrics are then asked for."""
     gathered: list[Tensor] = [torch.zeros(0)] * len(shares)
     barrier = Barrier(len(shares))
 
     def of_rank(rank: int) -> Metrics:
         batches, log_probs, values = zip(*shares[rank], strict=True)
         experience, moments = estimate(batches, log_probs, values, log_probs, estimator=ESTIMATOR)
-        return experience_metrics(experience, moments, ThreadRanks(rank, gathered, barrier))
+        ranks = ThreadRanks(rank, gathered, barrier)
+        if level is not None:
+            return importance_metrics(experience, ranks, cap=1.5, level=level)
+        return experience_metrics(experience, moments, ranks)
 
     with ThreadPoolExecutor(len(shares)) as pool:
         first, *others = pool.map(of_rank, range(len(shares)))
@@ -98,4 +107,32 @@ def test_metrics_are_those_of_all_response_tokens(num_ranks: int) -> None:
             "advantage/positive_share": (advantages > 0).double().mean().item(),
             "critic/explained_variance": 1 - (errors.var() / returns.var()).item(),
         }
+    )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_importance_metrics_equal_their_definition(num_ranks: int, level: ImportanceLevel) -> None:
+    generator = torch.Generator().manual_seed(1)
+    packs = [pack(lengths, generator) for lengths in LENGTHS]
+    metrics = metrics_of([packs[rank::num_ranks] for rank in range(num_ranks)], level)
+
+    tokens, sequences = [], []
+    for batch, log_probs, _ in packs:
+        bounds = batch.cu_seqlens.tolist()
+        for start, end in itertools.pairwise(bounds):
+            logs = [float(log_probs[t] - batch.rollout_log_probs[t]) for t in range(start, end) if batch.loss_mask[t]]
+            tokens += [math.exp(log) for log in logs]
+            sequences += [math.exp(sum(logs))] * len(logs)
+    weighed = tokens if level == "token" else sequences
+    assert metrics == pytest.approx(
+        {
+            "importance/ratio": fmean(tokens),
+            "importance/ratio_max": max(tokens),
+            "importance/sequence_ratio": fmean(sequences),
+            "importance/sequence_ratio_max": max(sequences),
+            "importance/kl": fmean(ratio - 1 - math.log(ratio) for ratio in tokens),
+            "importance/clip_share": fmean(ratio > 1.5 for ratio in weighed),
+        },
+        rel=1e-4,
     )

@@ -87,35 +87,47 @@ class _Handler(BaseHTTPRequestHandler):
             case "/update_weight_version":
                 self.server.version = body["new_version"]
                 self._send(200, "{}")
-            case "/v1/completions":
+            case "/v1/completions" | "/inference/v1/generate":
                 self._complete(body)
             case _:
                 self.server.calls.append(self.path)
                 self._send(200, "{}")
 
     def _complete(self, request: dict[str, Any]) -> None:
+        has_spans = "sampling_params" in request
+        sampling = request["sampling_params"] if has_spans else request
+        prompt, first = request["token_ids" if has_spans else "prompt"], self.server.version
         with self.server.lock:
             self.server.requests.append(request)
         faults = self.server.faults
         if faults.is_stuck:
             Event().wait()
-        time.sleep(faults.slow_s if sum(request["prompt"]) % 5 == 0 else faults.delay_s)
+        time.sleep(faults.slow_s if sum(prompt) % 5 == 0 else faults.delay_s)
         if faults.drops:
             self.close_connection = True
             self.connection.close()
             return
+        # New weights that came meanwhile sample the second half.
+        last = self.server.version
+        swap = NUM_TOKENS if first == last else NUM_TOKENS // 2
+        spans = [{"version": first, "start": 0, "end": swap}, {"version": last, "start": swap, "end": NUM_TOKENS}]
         choices = []
-        for index in reversed(range(request["n"])):
-            ids = response(request["prompt"], request["seed"], index, int(self.server.version))
+        for index in reversed(range(sampling["n"])):
+            old, new = (response(prompt, sampling["seed"], index, int(version)) for version in (first, last))
             choice = {
                 "index": index,
-                "token_ids": ids,
-                "logprobs": {"token_logprobs": [-0.25] * len(ids)},
+                "token_ids": old[:swap] + new[swap:],
+                "logprobs": {"content": [{"logprob": -0.25}] * NUM_TOKENS},
                 "finish_reason": "length",
+                "weight_versions": [span for span in spans if span["start"] < span["end"]],
             }
+            if not has_spans:
+                del choice["weight_versions"]
+                choice["logprobs"] = {"token_logprobs": [-0.25] * NUM_TOKENS}
             choice.pop(faults.drop_key, None)
             choices.append(choice)
-        reply = json.dumps({"id": f"cmpl-{request['request_id']}", "choices": choices})
+        name, prefix = ("request_id", "generate-tokens") if has_spans else ("id", "cmpl")
+        reply = json.dumps({name: f"{prefix}-{request['request_id']}", "choices": choices})
         self._send(faults.status, faults.reply or reply)
 
     def _send(self, status: int, text: str) -> None:

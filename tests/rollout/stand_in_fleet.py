@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.server_group import ServerGroup, open_group
 from megatron_orz.rollout.servers import InferenceServer, Launch, free_port
 from megatron_orz.rollout.vllm_client import VLLMClient
+from megatron_orz.rollout.vllm_spans import SpanVLLMClient
 from megatron_orz.types import Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
 from tests.rollout import stand_in
 
@@ -81,10 +83,10 @@ class StandIns:
         answer: list[str] = httpx.get(f"{self.processes[index].url}/calls", trust_env=False).json()
         return answer
 
-    def generate(self, prompts: Sequence[Prompt], *, version: int, seed: int = 0) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], *, seed: int = 0) -> list[Rollout]:
         """Three responses to each prompt."""
-        _, rollouts = self.group.generate(prompts, num_responses=3, seed=seed, version=version)
-        return rollouts
+        answers = self.group.generate(prompts, num_responses=3, seed=seed)
+        return list(chain.from_iterable(answers.values()))
 
     def update(self, version: int) -> None:
         """As a run does it, with weights that can be gathered again."""
@@ -109,7 +111,8 @@ def open_stand_ins(run_dir: Path, num_servers: int, **fleet: Any) -> Iterator[St
                 log_path=run_dir / f"stand-in-{index}-{num_restarts}.log",
             )
             processes[index] = process
-            client = VLLMClient(process.url, request_timeout_s=config.request_timeout_s)
+            kind = SpanVLLMClient if config.swaps_within_responses else VLLMClient
+            client = kind(process.url, request_timeout_s=config.request_timeout_s)
             return Running(client=client, process=process)
 
         return run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,10 @@ def test_prompts_go_in_as_tokens_and_siblings_come_back_in_order() -> None:
     advanced: list[int] = []
     prompts = make_prompts(3)
     with serving(server.answer) as url:
-        live = LiveServer(url + "/", SAMPLING, request_timeout_s=20.0)
-        rollouts = live.generate(prompts, num_responses=2, seed=5, on_rollout=lambda: advanced.append(1))
+        with closing(LiveServer(url + "/", SAMPLING, request_timeout_s=20.0)) as live:
+            rollouts = live.generate(prompts, num_responses=2, seed=5, on_rollout=lambda: advanced.append(1))
+            client = live._client._http
+        assert client.is_closed
     assert [rollout.response_ids for rollout in rollouts] == [[0, 7], [1, 7]] * 3
     assert [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(2)]
     assert {rollout.policy_version for rollout in rollouts} == {12}
@@ -133,6 +135,7 @@ def test_answers_of_another_kind_are_named(choices: Any, sentence: str) -> None:
         (200, [], "no JSON object"),
         (200, {"data": []}, "serves no model"),
         (404, {}, "serves no model"),
+        (401, b"this server answers its own run alone", "with the same ORZ_SERVER_TOKEN in the environment"),
     ],
 )
 def test_what_is_no_server_of_models_is_named(status: int, value: Any, sentence: str) -> None:

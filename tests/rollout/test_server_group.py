@@ -41,12 +41,12 @@ def all_up(group: ServerGroup) -> Callable[[], bool]:
 def test_siblings_go_to_one_server_and_prompts_to_all(tmp_path: Path) -> None:
     prompts = make_prompts(40)
     with open_stand_ins(tmp_path, 3) as servers:
-        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
         requests = [servers.requests(index) for index in range(3)]
         assert min(map(len, requests)) >= 40 // 6
         assert [request["n"] for of_server in requests for request in of_server] == [3] * 40
         servers.update(5)
-        assert contents(servers.generate(prompts, version=5)) == expected(prompts, version=5)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=5)
 
 
 def test_servers_generate_in_the_background(tmp_path: Path) -> None:
@@ -55,19 +55,94 @@ def test_servers_generate_in_the_background(tmp_path: Path) -> None:
         servers.update(1)
         for index in range(2):
             servers.fault(index, delay_s=1.0, slow_s=1.0)
-        fleet = servers.fleet
         started = time.monotonic()
-        fleet.start(prompts, num_responses=3, seed=0)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
         assert time.monotonic() - started < 0.5
-        with pytest.raises(AssertionError, match="finish comes first"):
-            fleet.update_weights(iter([]), 2)
-        assert contents(fleet.finish()) == expected(prompts, version=1)
+        assert contents(under_way.result()) == expected(prompts, version=1)
         assert time.monotonic() - started >= 1.0
         servers.kill(0)
         servers.kill(1)
-        fleet.start(prompts, num_responses=3, seed=0)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
         with pytest.raises(ServerError, match="0 of 2 servers can answer"):
-            fleet.finish()
+            under_way.result()
+
+
+def test_an_update_waits_for_what_was_asked_and_what_waits_gets_the_new_weights(tmp_path: Path) -> None:
+    prompts = make_prompts(12)
+    with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=6) as servers:
+        servers.update(1)
+        for index in range(2):
+            servers.fault(index, delay_s=1.0, slow_s=1.0)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
+        wait_for(lambda: sum(len(servers.requests(index)) for index in range(2)) >= 4)
+        servers.update(2)
+        rollouts = under_way.result()
+        num_old = sum(rollout.policy_version == 1 for rollout in rollouts)
+        assert 3 * 4 <= num_old < 3 * 12
+        old, new = expected(prompts, version=1), expected(prompts, version=2)
+        assert contents(rollouts) == old[:num_old] + new[num_old:]
+
+
+def test_responses_under_way_go_on_with_the_new_weights(tmp_path: Path) -> None:
+    prompts = make_prompts(4)
+    with open_stand_ins(tmp_path, 2, swaps_within_responses=True) as servers:
+        servers.update(1)
+        for index in range(2):
+            servers.fault(index, delay_s=3.0, slow_s=3.0)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
+        wait_for(lambda: sum(len(servers.requests(index)) for index in range(2)) == 4)
+        servers.update(3)
+        assert servers.group.metrics()["fleet/servers_up"] == 2
+        rollouts = under_way.result()
+        assert [rollout.spans for rollout in rollouts] == [[(1, 3), (3, 3)]] * 12
+        old, new = expected(prompts, version=1), expected(prompts, version=3)
+        assert [rollout.response_ids for rollout in rollouts] == [
+            before[:3] + after[3:] for (_, before, _), (_, after, _) in zip(old, new, strict=True)
+        ]
+
+
+def test_what_somebody_waits_for_comes_before_the_background_and_older_before_newer(tmp_path: Path) -> None:
+    """One request at a time, so that the order in which they arrive is the order in which they were dealt out."""
+    prompts = make_prompts(3)
+    with open_stand_ins(tmp_path, 1, max_rollouts_in_flight=1) as servers:
+        servers.fault(0, delay_s=0.4, slow_s=0.4)
+        under_way = [servers.fleet.start(prompts, num_responses=1, seed=seed, answers={}) for seed in (1, 2)]
+        wait_for(lambda: len(servers.requests(0)) == 1)
+        servers.fleet.generate(prompts, num_responses=1, seed=3)
+        for rollouts in under_way:
+            rollouts.result()
+        seeds = [int(request["request_id"].split("-s")[1].split("-")[0]) for request in servers.requests(0)]
+        first = seeds.index(3)
+        assert seeds[first : first + 3] == [3] * 3
+        assert [seed for seed in seeds if seed != 3] == [1] * 3 + [2] * 3
+
+
+def test_answers_that_are_there_are_not_asked_for(tmp_path: Path) -> None:
+    prompts = make_prompts(6)
+    with open_stand_ins(tmp_path, 2) as servers:
+        whole = servers.group.generate(prompts, num_responses=3, seed=0)
+        answers = {index: whole[index] for index in (4, 1)}
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers=answers)
+        assert contents(under_way.result()) == expected(prompts, version=-1)
+        assert answers == whole
+        asked = [request["request_id"] for index in range(2) for request in servers.requests(index)]
+        assert sorted(asked) == sorted(f"v-1-s0-p{index}" for index in [*range(6), 0, 2, 3, 5])
+
+
+def test_an_update_that_kills_servers_leaves_the_background_to_those_started_anew(tmp_path: Path) -> None:
+    prompts = make_prompts(12)
+    with open_stand_ins(tmp_path, 2, swaps_within_responses=True) as servers:
+        servers.update(1)
+        for index in range(2):
+            servers.fault(index, delay_s=30.0, slow_s=30.0)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
+        wait_for(lambda: sum(len(servers.requests(index)) for index in range(2)) == 12)
+        servers.kill(1)
+        servers.update(2)  # the other one waits in its old requests, which its new weights finish
+        wait_for(all_up(servers.group))
+        servers.kill(0)
+        servers.update(3)
+        assert contents(under_way.result()) == expected(prompts, version=3)
 
 
 def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path) -> None:
@@ -76,7 +151,7 @@ def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path) ->
             servers.fault(index, delay_s=0.5)
         most = 0
         started = time.monotonic()
-        generation = Timer(0, servers.generate, [make_prompts(12)], {"version": -1})
+        generation = Timer(0, servers.generate, [make_prompts(12)])
         generation.start()
         while generation.is_alive():
             most = max(most, *(server.num_rollouts for server in servers.group._replicas))
@@ -89,7 +164,7 @@ def test_a_slow_server_gets_less_to_do(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=6) as servers:
         servers.fault(0, delay_s=0.5)
         prompts = make_prompts(20)
-        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
         assert len(servers.requests(0)) < len(servers.requests(1)) / 2
 
 
@@ -113,7 +188,7 @@ def kill_in_a_loop(run_dir: Path, *, seed: int, num_updates: int) -> None:
             for timer in timers:
                 timer.start()
             servers.update(version)
-            assert contents(servers.generate(prompts, version=version)) == expected(prompts, version=version)
+            assert contents(servers.generate(prompts)) == expected(prompts, version=version)
             for timer in timers:
                 timer.join()
         wait_for(all_up(servers.group))
@@ -137,10 +212,10 @@ def test_a_server_that_was_started_anew_waits_for_the_weights(tmp_path: Path) ->
         servers.update(3)
         servers.kill(0)
         wait_for(lambda: servers.group._replicas[0].num_restarts == 1 and servers.group._replicas[0].is_up)
-        assert contents(servers.generate(prompts, version=3)) == expected(prompts, version=3)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=3)
         assert servers.requests(0) == []
         servers.update(4)
-        servers.generate(prompts, version=4)
+        servers.generate(prompts)
         assert len(servers.requests(0)) == 3
 
 
@@ -160,7 +235,7 @@ def test_a_faulty_server_is_replaced_and_its_requests_move_on(tmp_path: Path, fa
     prompts = make_prompts(10)
     with open_stand_ins(tmp_path, 2, stuck_timeout_s=0.5) as servers:
         servers.fault(0, **fault)
-        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
         wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
         assert servers.group.metrics()["fleet/retried_requests"] >= 3
 
@@ -169,7 +244,7 @@ def test_a_stopped_process_is_noticed_and_replaced(tmp_path: Path) -> None:
     prompts = make_prompts(10)
     with open_stand_ins(tmp_path, 2, heartbeat_timeout_s=0.5) as servers:
         os.kill(servers.pid(0), signal.SIGSTOP)
-        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
         wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
         assert "took longer than 0.5 s" in servers.group._replicas[0].reason
 
@@ -178,7 +253,7 @@ def test_a_late_answer_is_asked_of_another_server(tmp_path: Path) -> None:
     prompts = make_prompts(4)
     with open_stand_ins(tmp_path, 2, request_timeout_s=0.5) as servers:
         servers.fault(0, delay_s=3.0)
-        assert contents(servers.generate(prompts, version=-1)) == expected(prompts, version=-1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
         assert states(servers.group) == ["up", "up"]  # it computes tokens, so it is not to blame
 
 
@@ -187,7 +262,7 @@ def test_requests_that_are_late_everywhere_end_with_the_remedy(tmp_path: Path) -
         for index in range(2):
             servers.fault(index, delay_s=3.0)
         with pytest.raises(ServerError, match=r"took longer than 0\.3 s \(fleet\.request_timeout_s\); raise it"):
-            servers.generate(make_prompts(4), version=-1)
+            servers.generate(make_prompts(4))
 
 
 def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Path) -> None:
@@ -198,7 +273,7 @@ def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Pa
         Timer(0.2, servers.kill, [0]).start()
         reason = r"1 of 2 servers can answer, fewer than fleet\.min_servers = 2; server 0: .* ended with exit code 137"
         with pytest.raises(ServerError, match=reason):
-            servers.generate(make_prompts(10), version=1)
+            servers.generate(make_prompts(10))
 
 
 def test_an_update_waits_for_the_minimum(tmp_path: Path) -> None:
@@ -207,7 +282,7 @@ def test_an_update_waits_for_the_minimum(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 1) as servers:
         servers.kill(0)
         servers.update(1)
-        assert contents(servers.generate(prompts, version=1)) == expected(prompts, version=1)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=1)
 
 
 def test_a_server_that_fails_again_and_again_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,13 +306,14 @@ def test_stragglers_are_dropped_once_enough_prompts_are_answered(tmp_path: Path)
         for index in range(2):
             servers.fault(index, slow_s=20.0)
         started = time.monotonic()
-        answered, rollouts = servers.group.generate(prompts, num_responses=3, seed=0, version=-1, num_groups=20)
+        answers = servers.group.generate(prompts, num_responses=3, seed=0, num_groups=20)
         assert time.monotonic() - started < 15
-        assert len(answered) == 20
-        assert answered == sorted(answered)
-        assert set(answered) <= set(fast)
+        assert len(answers) == 20
+        assert list(answers) == sorted(answers)
+        assert answers.keys() <= set(fast)
         everything = expected(prompts, version=-1)
-        assert contents(rollouts) == [everything[3 * index + sibling] for index in answered for sibling in range(3)]
+        for index, rollouts in answers.items():
+            assert contents(rollouts) == everything[3 * index : 3 * index + 3]
         for index in range(2):
             assert servers.calls(index) == ["/abort_requests"]
             assert servers.group._replicas[index].num_rollouts == 0
@@ -253,7 +329,7 @@ def test_servers_sleep_and_wake_in_stages_and_the_dead_stay_dead_meanwhile(tmp_p
         servers.group.wake("weights")
         servers.update(2)
         servers.group.wake("kv_cache")
-        assert contents(servers.generate(prompts, version=2)) == expected(prompts, version=2)
+        assert contents(servers.generate(prompts)) == expected(prompts, version=2)
         assert servers.calls(1) == ["/sleep?level=2", "/wake_up?tags=weights", "/wake_up?tags=kv_cache"]
         wait_for(all_up(servers.group))  # there is memory for its start again
         servers.group.sleep()
@@ -274,7 +350,7 @@ def test_a_request_that_a_server_refuses_is_not_asked_of_another(tmp_path: Path)
         for index in range(2):
             servers.fault(index, status=400, reply="the prompt is too long")
         with pytest.raises(RefusedError, match=r"answered 400: the prompt is too long"):
-            servers.generate(make_prompts(1), version=-1)
+            servers.generate(make_prompts(1))
         assert sum(len(servers.requests(index)) for index in range(2)) == 1
 
 
@@ -283,14 +359,15 @@ def test_other_weights_than_expected_are_an_error(tmp_path: Path) -> None:
         servers.update(5)
         servers.group._replicas[1].client.set_version(6)
         with pytest.raises(ServerError, match=r"holds weights of version 6, not 5"):
-            servers.generate(make_prompts(1), version=5)
+            servers.generate(make_prompts(1))
 
 
 def test_the_ids_and_seeds_of_a_request_are_those_of_every_attempt(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2) as servers:
         servers.fault(0, status=503)
-        servers.generate(make_prompts(8), version=-1)
-        requests = [(request["request_id"], request["seed"]) for request in servers.requests(0) + servers.requests(1)]
+        servers.generate(make_prompts(8))
+        asked = servers.requests(0) + servers.requests(1)
+        requests = [(request["request_id"], request["seed"]) for request in asked]
         assert len(requests) > 8
         assert len(set(requests)) == len({request_id for request_id, _ in requests}) == 8
         assert max(Counter(requests).values()) <= 3

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,9 @@ from threading import Timer
 import httpx
 import psutil
 import pytest
+import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from megatron_orz.config import FleetConfig, SamplingConfig
 from megatron_orz.rollout import transport
@@ -270,6 +272,60 @@ def test_two_servers_share_the_work_and_one_takes_over_from_the_other(
             assert {rollout.policy_version for rollout in rollouts} == {version}
             assert log_prob_error(tiny_model(tied=True, seed=20 + version), rollouts, SAMPLING) < TOLERANCE
         assert [replica.num_restarts for replica in replicas] == [1, 1]
+
+
+def num_generated(url: str) -> float:
+    """Tokens that a server has sampled since it was started."""
+    metrics = httpx.get(f"{url}/metrics", trust_env=False, headers=authorization()).text
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in metrics.splitlines()
+        if line.startswith("vllm:generation_tokens_total")
+    )
+
+
+def span_errors(models: Mapping[int, PreTrainedModel], rollout: Rollout, *, shift: int = 0) -> list[float]:
+    """For every span of a response, the largest difference of its log-probabilities from those of the model of its
+    version, or of the `shift`-th version after it."""
+    errors, token = [], 0
+    ids = torch.tensor([rollout.prompt.token_ids + rollout.response_ids])
+    for version, num_tokens in rollout.spans:
+        logits = models[(version + shift) % len(models)](ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(rollout.response_ids)[:, None]).squeeze(-1)
+        difference = expected - torch.tensor(rollout.rollout_log_probs)
+        errors.append(difference[token : token + num_tokens].abs().max().item())
+        token += num_tokens
+    assert token == len(rollout.response_ids)
+    return errors
+
+
+@pytest.mark.slow
+def test_responses_go_on_with_new_weights_and_say_which_sampled_what(
+    untied_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the old weights had cached is computed anew, so that each span is that of a forward pass of its weights."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    port, sampling = free_port(), SamplingConfig(max_response_tokens=500, stop=())
+    config = FleetConfig(port=port, max_model_tokens=1024, kv_cache_gib=0.25, swaps_within_responses=True)
+    models = {version: tiny_model(tied=False, seed=60 + version) for version in range(3)}
+    prompts = make_prompts(24)
+    with open_fleet(config, sampling, model_config(untied_checkpoint), run_dir=tmp_path) as fleet:
+        assert isinstance(fleet, ServerFleet)
+        fleet.update_weights(named_weights(models[0]), 0)
+        under_way = fleet.start(prompts, num_responses=8, seed=0, answers={})
+        for version in (1, 2):
+            before = num_generated(f"http://127.0.0.1:{port}")
+            wait_for(lambda: num_generated(f"http://127.0.0.1:{port}") > before + 2000, timeout_s=120)  # noqa: B023
+            fleet.update_weights(named_weights(models[version]), version)
+        rollouts = under_way.result()
+        after = fleet.generate(prompts, num_responses=1, seed=1)
+    assert [rollout.prompt for rollout in rollouts] == [prompt for prompt in prompts for _ in range(8)]
+    assert {version for rollout in rollouts for version, _ in rollout.spans} == {0, 1, 2}
+    swapped = [rollout for rollout in rollouts if rollout.swaps]
+    assert len(swapped) >= 10
+    assert max(error for rollout in rollouts for error in span_errors(models, rollout)) < TOLERANCE
+    assert min(max(span_errors(models, rollout, shift=1)) for rollout in swapped) > 0.1
+    assert {tuple(rollout.spans) for rollout in after} == {((2, len(rollout.response_ids)),) for rollout in after}
 
 
 def _share_server(checkpoint: Path, run_dir: Path) -> None:

@@ -1,0 +1,87 @@
+"""Work of the host, timed as everything else: implementations that take turns, as a table and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from megatron_orz.benchmark.group import OURS
+from megatron_orz.benchmark.measure import Run, interleaved_times
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostTask:
+    """One thing that several implementations do."""
+
+    task: str
+    shape: str
+    num_items: int
+    unit: str
+    """Of what there are `num_items`: tokens, responses."""
+    runs: Mapping[str, Run]
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What else is to be said of an implementation, or why it is missing."""
+    baselines: Sequence[str] = ()
+    """Those that ours shall be at least as fast as."""
+
+    def measure(self, num_repeats: int) -> dict[str, list[float]]:
+        """Seconds of each run, after one to warm up; shows how far it is."""
+        columns = (TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            total = len(self.runs) * (num_repeats + 1)
+            where = progress.add_task(f"{self.task}: timing", total=total)
+            advance: Callable[[], None] = lambda: progress.advance(where)  # noqa: E731
+            return interleaved_times(self.runs, torch.device("cpu"), num_repeats=num_repeats, on_run=advance)
+
+    def table(self, times: Mapping[str, Sequence[float]]) -> Table:
+        """A line for each implementation."""
+        result = Table(title=f"{self.task}, {self.shape}")
+        result.add_column("")
+        for column in ("median ms", f"{self.unit}/s", "ours faster by"):
+            result.add_column(column, justify="right")
+        result.add_column("")
+        ours = statistics.median(times[OURS])
+        for name, seconds in times.items():
+            median = statistics.median(seconds)
+            factor = "" if name == OURS else f"{median / ours:.2f}x"
+            cells = [f"{1e3 * median:.1f}", f"{self.num_items / median:,.0f}", factor, self.notes.get(name, "")]
+            result.add_row(name, *cells, style="bold" if name == OURS else None)
+        for name in self.notes.keys() - times.keys():
+            result.add_row(name, "", "", "", self.notes[name])
+        return result
+
+    def as_json(self, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """With the derived figures."""
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+        return {
+            "task": self.task,
+            "shape": self.shape,
+            "num_items": self.num_items,
+            "unit": self.unit,
+            "rows": {
+                name: {
+                    "median_s": medians[name],
+                    "min_s": min(seconds),
+                    "times_s": list(seconds),
+                    f"{self.unit}_per_s": self.num_items / medians[name],
+                    "note": self.notes.get(name, ""),
+                }
+                for name, seconds in times.items()
+            },
+            "targets": [
+                {
+                    "text": f"at least 1 times as fast as {name}",
+                    "value": (value := medians[name] / medians[OURS]),
+                    "is_met": value >= 1,
+                }
+                for name in self.baselines
+                if name in medians
+            ],
+        }

@@ -1,0 +1,103 @@
+"""Findings of the whole loop as a table and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from megatron_orz.benchmark.countdown_work import StepTimes
+from megatron_orz.benchmark.group import OURS
+from megatron_orz.benchmark.report import VERDICTS
+
+PHASES = ("sync", "generate", "reward", "record", "infer", "critic", "policy")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """Steps of the same work by everything that does it."""
+
+    lengths: str
+    shape: str
+    num_rollouts: int
+    num_response_tokens: int
+    num_warm_up: int
+    rows: Mapping[str, StepTimes]
+    baseline: str
+    target: float
+    """How many times as fast as the baseline ours shall be."""
+
+    def times_s(self, name: str) -> list[float]:
+        """Seconds of the steps that count."""
+        return self.rows[name].seconds[self.num_warm_up :]
+
+    def median_s(self, name: str) -> float:
+        return statistics.median(self.times_s(name))
+
+    def speed_up(self, name: str) -> float | None:
+        """How many times as fast as `name` ours is."""
+        return self.median_s(name) / self.median_s(OURS) if name in self.rows else None
+
+    def median_of(self, name: str, metric: str) -> float | None:
+        """Of one of our own runs; None where it has no such metric."""
+        rows = self.rows[name].metrics[self.num_warm_up :]
+        values = [row[metric] for row in rows if metric in row]
+        return statistics.median(values) if values else None
+
+
+def table(loop: Loop) -> Table:
+    """A line for each run: samples and tokens a second, then the seconds of each phase of ours."""
+    value = loop.speed_up(loop.baseline)
+    verdict = VERDICTS[None if value is None else value >= loop.target]
+    caption = (
+        f"{loop.num_response_tokens:,} response tokens a step; the phases are ours, in seconds\n"
+        f"target, at least {loop.target:g} times as fast as {loop.baseline}: {verdict}"
+    )
+    result = Table(title=f"{loop.lengths} lengths, {loop.shape}", caption=caption, caption_justify="left")
+    result.add_column("")
+    for column in ("step s", "samples/s", "tokens/s", "ours faster by", "MFU", *PHASES):
+        result.add_column(column, justify="right")
+    for name in loop.rows:
+        seconds, speed_up = loop.median_s(name), loop.speed_up(name)
+        mfu = loop.median_of(name, "perf/mfu")
+        cells = [
+            f"{seconds:.3f}",
+            f"{loop.num_rollouts / seconds:,.0f}",
+            f"{loop.num_response_tokens / seconds:,.0f}",
+            "" if name == OURS else f"{speed_up:.2f}x",
+            "" if mfu is None else f"{mfu:.0%}",
+        ]
+        for phase in PHASES:
+            of_phase = loop.median_of(name, f"time/{phase}_s")
+            cells.append("" if of_phase is None else f"{of_phase:.3f}")
+        result.add_row(name, *cells, style="bold" if name == OURS else None)
+    return result
+
+
+def as_json(loop: Loop) -> dict[str, Any]:
+    """With the derived figures."""
+    rows = {
+        name: {
+            "median_s": loop.median_s(name),
+            "min_s": min(loop.times_s(name)),
+            "times_s": loop.times_s(name),
+            "samples_per_s": loop.num_rollouts / loop.median_s(name),
+            "tokens_per_s": loop.num_response_tokens / loop.median_s(name),
+            "warm_up_s": steps.seconds[: loop.num_warm_up],
+            "rewards": steps.rewards,
+            "metrics": {
+                metric: loop.median_of(name, metric) for metric in sorted({m for row in steps.metrics for m in row})
+            },
+        }
+        for name, steps in loop.rows.items()
+    }
+    value = loop.speed_up(loop.baseline)
+    target = {
+        "text": f"at least {loop.target:g} times as fast as {loop.baseline}",
+        "value": value,
+        "is_met": None if value is None else value >= loop.target,
+    }
+    return {**asdict(loop), "task": f"{loop.lengths} lengths", "rows": rows, "targets": [target]}

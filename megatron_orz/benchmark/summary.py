@@ -1,0 +1,83 @@
+"""All committed figures as one Markdown table: what README and docs/benchmark.md show."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from megatron_orz.benchmark import results
+from megatron_orz.benchmark.group import OURS
+from megatron_orz.benchmark.results import Measured
+
+HEADER = ("hardware", "work", "ours", "baseline", "ratio", "command", "commit")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Prints a Markdown table of what ours and the baselines that targets name took."""
+
+    files: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files of figures; by default all of bench/results."""
+
+
+def run(arguments: Arguments, console: Console | None = None) -> None:
+    """Prints the table, unwrapped."""
+    console = console or Console()
+    lines = [_line(HEADER), _line(["---"] * len(HEADER))]
+    for path in arguments.files or sorted(results.FOLDER.glob("*.json")):
+        lines += rows(path)
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+
+
+def rows(path: Path) -> Iterator[str]:
+    """A line for each task and baseline of a file."""
+    content = results.read(path)
+    environment = content["environment"]
+    groups: dict[tuple[str, str], dict[str, Measured]] = {}
+    for row in results.measured(content):
+        groups.setdefault((row.task, row.shape), {})[row.name] = row
+    for (task, shape), of_name in groups.items():
+        for ours, baseline in _pairs(of_name):
+            ratio = statistics.median(baseline.times_s) / statistics.median(ours.times_s)
+            yield _line(
+                [
+                    environment["device"],
+                    f"{task}: {shape}",
+                    _show(ours),
+                    f"{baseline.name}: {_show(baseline)}",
+                    f"{ratio:.2f}",
+                    f"`{environment['command'].removeprefix('python ')}`",
+                    str(environment["commit"])[:9],
+                ]
+            )
+
+
+def _pairs(of_name: dict[str, Measured]) -> Iterator[tuple[Measured, Measured]]:
+    """Ours with each implementation that a target compares its speed with; the fastest transport with plain copies."""
+    if OURS in of_name:
+        ours = of_name[OURS]
+        for target in ours.targets:
+            match = re.search(r"times as fast as (.+)$", target["text"])
+            if match and match[1] in of_name:
+                yield ours, of_name[match[1]]
+    elif "memcpy" in of_name:
+        transports = [row for row in of_name.values() if row.is_ours]
+        yield min(transports, key=lambda row: statistics.median(row.times_s)), of_name["memcpy"]
+
+
+def _show(row: Measured) -> str:
+    for figure, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s"), ("per_s", "/s")):
+        if figure in row.figures:
+            return f"{row.figures[figure]:,.0f} {unit}"
+    milliseconds = 1e3 * statistics.median(row.times_s)
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.3g} s"
+
+
+def _line(cells: list[str] | tuple[str, ...]) -> str:
+    return "| " + " | ".join(cells) + " |"

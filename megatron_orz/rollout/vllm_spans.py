@@ -1,0 +1,42 @@
+"""vLLM's API of token ids in and out, which says whose weights sampled which token of a response.
+
+Its answers take a server about twice the work of a completion's, token by token, and twice the bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_orz.rollout.client import Answer, GenerationRequest
+from megatron_orz.rollout.vllm_client import VLLMClient
+
+SERVER_ARGUMENTS = ("--enable-scale-out",)
+"""What opens this API."""
+
+
+class SpanVLLMClient(VLLMClient):
+    """A client of one vLLM server whose weights may change amid a response."""
+
+    generate_path = "/inference/v1/generate"
+
+    def body(self, request: GenerationRequest) -> dict[str, Any]:
+        """The JSON of a generation request: the sampling parameters of a completion, in a part of their own."""
+        completion = super().body(request)
+        outer = {"model": completion.pop("model"), "request_id": completion.pop("request_id")}
+        outer["token_ids"] = completion.pop("prompt")
+        del completion["return_token_ids"]
+        return {**outer, "sampling_params": completion}
+
+    def answers(self, reply: Any, request: GenerationRequest) -> list[Answer]:
+        """The choices of a reply."""
+        if reply["request_id"] != f"generate-tokens-{request.request_id}":
+            raise ValueError(f"this answers {reply['request_id']!r}, not {request.request_id!r}")
+        return [
+            Answer(
+                token_ids=choice["token_ids"],
+                log_probs=[token["logprob"] for token in choice["logprobs"]["content"]],
+                finish_reason=choice["finish_reason"],
+                versions=[(span["start"], int(span["version"])) for span in choice["weight_versions"]],
+            )
+            for choice in self.siblings(reply["choices"])
+        ]
