@@ -71,11 +71,10 @@ def run(
             return
 
         # Sample y ~ pi_old(. | x) and score r(x, y) in {0, 1}.
-        num_rollouts = ppo.num_prompts * ppo.num_responses
-        with log.span("generate"), log.progress("generate", total=num_rollouts) as advance:
+        with log.span("generate"), log.progress("generate", total=ppo.num_prompts * ppo.num_responses) as advance:
             chosen, seed = prompts.take(ppo.num_prompts), rollout_seed(config.seed, step)
             rollouts = fleet.generate(chosen, num_responses=ppo.num_responses, seed=seed, on_rollout=advance)
-        with log.span("reward"), log.progress("reward", total=num_rollouts) as advance:
+        with log.span("reward"), log.progress("reward", total=len(rollouts)) as advance:
             rollouts = grader.grade(rollouts, on_grade=advance)
         metrics = record_rollouts(step, rollouts)
 

@@ -39,6 +39,7 @@ COMPLETED_BY_CALLERS = {
     "megatron_orz/rollout/local.py",
     "megatron_orz/rollout/sglang_client.py",
     "megatron_orz/rollout/vllm_client.py",
+    "megatron_orz/rollout/vllm_spans.py",
 }
 
 

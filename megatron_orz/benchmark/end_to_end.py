@@ -106,7 +106,7 @@ class Arguments:
                 "step into equal micro-batches; choose one that does"
             )
         if "ours" not in self.contenders:
-            raise ValueError("contenders lacks ours, beside which everything else is measured")
+            raise ValueError("contenders lacks ours, beside which everything else is measured; add it")
 
     def response_lengths(self, kind: LengthKind) -> tuple[int, ...]:
         """Of each prompt."""

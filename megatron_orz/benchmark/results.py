@@ -49,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as figures of a benchmark: {error}") from error
+        raise ValueError(f"{path} cannot be read as figures of a benchmark ({error}); measure again") from error
     if not isinstance(results, dict) or not isinstance(results.get("environment"), dict):
         raise ValueError(f"{path} has no environment: tools/benchmark.py did not write it; name one of its files")
     return results
