@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "debug": {"config"},
     "checks": {"types", "config", "command_line", "data", "engine"},
     "dry_run": {"config", "command_line", "checks", "engine"},
+    "launch": {"config", "command_line", "ranks", "checkpoint.preemption", "rollout"},
     "assembly": {EVERYTHING},
     "train": {EVERYTHING},
     "supervised": {EVERYTHING},
