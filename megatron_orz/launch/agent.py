@@ -20,6 +20,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
+from typing import Any
 
 import tyro
 
@@ -27,7 +28,7 @@ from megatron_orz.checkpoint.preemption import REQUEUE
 from megatron_orz.command_line import INTERRUPTED, USER_ERROR, plain_errors
 from megatron_orz.launch.job import Role
 from megatron_orz.launch.lock import job_lock
-from megatron_orz.launch.node import Node, check_equal, choose_ports, node_address
+from megatron_orz.launch.node import Node, check_equal, choose_ports, node_address, node_name
 from megatron_orz.launch.notices import NodeError, Notices
 from megatron_orz.launch.processes import END, Process, ProcessGroup, Signals
 from megatron_orz.launch.recipe import read_recipe
@@ -177,10 +178,22 @@ class Agent:
         servers = ["--fleet.num-servers", "1", "--fleet.urls", *urls] if urls else []
         command = [sys.executable, *self._recipe, *servers]
         with ProcessGroup(self._ranks(command, address, port, kind="trainer")) as group:
-            code = group.wait(self._signals)
+            code = group.wait(self._signals, is_over=lambda: self._failed_node() is not None)
+            failed = self._failed_node()  # before this one adds itself
             if code not in (0, REQUEUE):
-                print(f"error: {group.describe_failure()}", file=sys.stderr, flush=True)
+                reason = group.describe_failure()
+                end = {"name": node_name(), "code": code, "reason": reason}
+                self._notices.publish(f"trainer-end-{self._node_rank}", end)
+                if failed is not None:
+                    reason = f"{failed['reason']} on node {failed['name']}; the ranks of this node are ended"
+                    code = failed["code"]
+                print(f"error: {reason}", file=sys.stderr, flush=True)
             return code
+
+    def _failed_node(self) -> dict[str, Any] | None:
+        """What another node says of its failed ranks: connections to it may be gone without a word."""
+        others = (rank for rank in range(self._arguments.num_nodes) if rank != self._node_rank)
+        return next((end for rank in others if (end := self._notices.peek(f"trainer-end-{rank}")) is not None), None)
 
     def _ranks(self, command: Sequence[str], address: str, port: int, *, kind: str) -> list[Process]:
         """The ranks of this node. The first of the job writes where its agent does, the others into logs."""

@@ -63,6 +63,11 @@ class Notices:
             else:
                 return [found[name] for name in names]
 
+    def peek(self, name: str) -> dict[str, Any] | None:
+        """The content of a notice if it is there, and is no failure."""
+        notice = self._read(name)
+        return None if notice is None else notice.get("content")
+
     def remove_others(self) -> None:
         """Removes the notices of earlier starts. Called by the holder of the job's lock."""
         for directory in self._directory.parent.glob("*"):

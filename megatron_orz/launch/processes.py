@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -46,10 +46,13 @@ class ProcessGroup:
         self._processes = list(processes)
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def wait(self, signals: Signals, *, timeout_s: float = float("inf")) -> int:
+    def wait(
+        self, signals: Signals, *, timeout_s: float = float("inf"), is_over: Callable[[], bool] = lambda: False
+    ) -> int:
         """The exit code of the first that failed, once all have ended; 0 when none did.
 
-        Signals are passed on. When one has failed, the others get END_S to end by themselves.
+        Signals are passed on. When one has failed, or `is_over` says that it is over elsewhere, those that run get
+        END_S to end by themselves. `is_over` is called ten times a second.
 
         Raises TimeoutError when some run for longer than `timeout_s`.
         """
@@ -59,7 +62,7 @@ class ProcessGroup:
         while any(child.poll() is None for child in self._children):
             signals.pass_on(self._children)
             failed = self._first_failed() if failed is None else failed
-            if failed is not None and deadline == float("inf"):
+            if deadline == float("inf") and (failed is not None or is_over()):
                 deadline = time.monotonic() + END_S
             if time.monotonic() > deadline:
                 self._end()
