@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "performance": {"types", "config", "engine"},
     "checks": {"types", "config", "command_line", "data", "engine"},
     "dry_run": {"config", "command_line", "checks", "engine"},
+    "launch": {"config", "command_line", "ranks", "checkpoint.preemption", "rollout"},
     "assembly": {EVERYTHING},
     "start": {EVERYTHING},
     "supervised_curves": {"curves", "logs.read_metrics"},

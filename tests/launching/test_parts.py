@@ -1,0 +1,158 @@
+"""What an agent is made of: notices, facts of nodes, ports, processes and signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_orz.launch.exchange import check_clocks
+from megatron_orz.launch.node import Node, check_equal, choose_ports, node_address
+from megatron_orz.launch.notices import NodeError, Notices
+from megatron_orz.launch.processes import Process, ProcessGroup, Signals
+from megatron_orz.launch.ray_cluster import check_cluster
+
+NODE = Node(
+    name="a", address="10.0.0.1", gpus=["H200, 141 GiB"] * 8, versions={"torch": "2.13"}, source="f00", free_gib=50.0
+)
+
+
+def test_notices_are_found_when_they_come_and_only_those_of_the_attempt(tmp_path: Path) -> None:
+    Notices(tmp_path, "1.0").publish("server-0", {"url": "stale"})
+    notices = Notices(tmp_path, "1.1")
+    threading.Timer(0.3, lambda: notices.publish("server-0", {"url": "right"})).start()
+    assert notices.wait(["server-0"], timeout_s=30) == [{"url": "right"}]
+
+
+def test_a_missing_notice_is_named_at_the_deadline(tmp_path: Path) -> None:
+    notices = Notices(tmp_path, "1.0")
+    notices.publish("node-0", {})
+    with pytest.raises(NodeError, match=r"1 of 2 did not come within 0.3 s: node-1 in .*notices/1.0"):
+        notices.wait(["node-0", "node-1"], timeout_s=0.3)
+
+
+def test_a_failure_ends_the_wait_at_once_with_its_reason(tmp_path: Path) -> None:
+    notices = Notices(tmp_path, "1.0")
+    notices.publish_failure("node-1", "node b has no disk")
+    started = time.monotonic()
+    with pytest.raises(NodeError, match=r"^node b has no disk$"):
+        notices.wait(["node-0", "node-1"], timeout_s=60)
+    assert time.monotonic() - started < 10
+
+
+def test_a_stale_notice_of_the_same_attempt_is_refused_and_kept(tmp_path: Path) -> None:
+    Notices(tmp_path, "1.0").publish("server-0", {"url": "old"})
+    again = Notices(tmp_path, "1.0")
+    with pytest.raises(ValueError, match=r"server-0.json is there already: a stale file"):
+        again.publish("server-0", {"url": "new"})
+    assert again.wait(["server-0"], timeout_s=1) == [{"url": "old"}]
+    Notices(tmp_path, "1.1").remove_others()
+    assert not (tmp_path / "notices/1.0").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gpus": ["H200, 141 GiB"] * 7}, "nodes a and b are not equal: 8 x H200, 141 GiB and 7 x H200, 141 GiB"),
+        ({"gpus": []}, "8 x H200, 141 GiB and no GPU"),
+        ({"versions": {"torch": "2.12"}}, "nodes a and b are not equal: torch 2.13 and 2.12"),
+        ({"versions": {"torch": "2.13", "vllm": "1"}}, "vllm absent and 1"),
+        ({"source": "bad"}, "source files of megatron_orz with digests f00 and bad"),
+    ],
+)
+def test_unequal_nodes_are_refused(change: dict[str, object], message: str) -> None:
+    check_equal([NODE, replace(NODE, name="b", address="10.0.0.2", free_gib=1.0)])
+    with pytest.raises(ValueError, match=message):
+        check_equal([NODE, replace(NODE, name="b", **change)])  # type: ignore[arg-type]
+
+
+def test_a_node_that_lacks_gpus_or_disk_is_refused() -> None:
+    NODE.check(num_gpus=8, min_free_gib=50)
+    with pytest.raises(ValueError, match="node a has 8 visible GPUs, and the job was told of 9"):
+        NODE.check(num_gpus=9, min_free_gib=0)
+    with pytest.raises(ValueError, match=r"node a sees 50.0 GiB free .* less than --min-free-gib 51"):
+        NODE.check(num_gpus=8, min_free_gib=51)
+
+
+def test_this_node_tells_the_same_twice_and_what_the_system_says(tmp_path: Path) -> None:
+    here = Node.here(address="127.0.0.1", run_dir=tmp_path / "not/yet/there")
+    assert here == replace(Node.from_json(here.to_json()), free_gib=here.free_gib)
+    assert here.versions["Python"] == sys.version.split()[0]
+    stat = os.statvfs(tmp_path)
+    assert here.free_gib == pytest.approx(stat.f_bavail * stat.f_frsize / 2**30, abs=1)
+
+
+def test_a_port_in_use_is_refused_and_free_ones_follow_each_other() -> None:
+    first = choose_ports("127.0.0.1", 0, count=3)
+    assert choose_ports("127.0.0.1", first, count=3) == first
+    with socket.create_server(("127.0.0.1", first + 2)):
+        assert choose_ports("127.0.0.1", first, count=2) == first
+        with pytest.raises(ValueError, match=f"port {first + 2} of 127.0.0.1 is in use"):
+            choose_ports("127.0.0.1", first, count=3)
+
+
+def test_an_interface_gives_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert node_address("lo", is_alone=False) == "127.0.0.1"
+    with pytest.raises(ValueError, match=r"has no interface ib7 with an IPv4 address; it has .*lo"):
+        node_address("ib7", is_alone=False)
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    assert node_address(None, is_alone=True) == "127.0.0.1"
+    with pytest.raises(ValueError, match=r"leads to 127.0.1.1, where other nodes do not reach it; set --interface"):
+        node_address(None, is_alone=False)
+
+
+def test_clocks_apart_are_named() -> None:
+    check_clocks([(100.0, "a"), (100.9, "b")], max_skew_s=1.0)
+    with pytest.raises(ValueError, match=r"clocks of nodes a and c differ by 3.5 s, more than 1 s"):
+        check_clocks([(100.0, "a"), (100.9, "b"), (103.5, "c")], max_skew_s=1.0)
+
+
+def script(text: str, log: Path | None = None, name: str = "rank 0") -> Process:
+    return Process(name=name, command=["bash", "-c", text], environment=dict(os.environ), log=log)
+
+
+def test_the_first_failure_is_the_exit_code_and_its_last_words_are_told(tmp_path: Path) -> None:
+    failing = script("echo 'error: no model'; exit 2", tmp_path / "log", "rank 1")
+    with Signals() as signals, ProcessGroup([script("exit 0"), failing]) as group:
+        assert group.wait(signals) == 2
+        assert group.describe_failure() == f"rank 1 ended with exit code 2 ({tmp_path / 'log'}): error: no model"
+
+
+def test_signals_are_passed_on_and_the_code_comes_back() -> None:
+    text = "trap 'exit 75' USR1; while true; do sleep 0.05; done"
+    with Signals() as signals, ProcessGroup([script(text), script(text)]) as group:
+        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
+        assert group.wait(signals, timeout_s=60) == 75
+
+
+def test_ranks_that_stay_after_a_failure_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_orz.launch.processes.END_S", 0.5)
+    stuck = script("trap '' TERM; while true; do sleep 0.05; done", name="rank 1")
+    monkeypatch.setattr("megatron_orz.launch.processes._KILL_S", 0.5)
+    with Signals() as signals, ProcessGroup([script("exit 3"), stuck]) as group:
+        assert group.wait(signals, timeout_s=60) == 3
+
+
+def test_nothing_is_left_running_after_a_deadline(tmp_path: Path) -> None:
+    with Signals() as signals, ProcessGroup([script(f"echo $$ > {tmp_path}/pid; sleep 600")]) as group:
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        with pytest.raises(TimeoutError, match="rank 0 did not end within 0 s"):
+            group.wait(signals, timeout_s=0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_cluster_with_too_few_machines_is_refused() -> None:
+    machine = {"Alive": True, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+    bundle = {"CPU": 64.0, "GPU": 8.0}
+    check_cluster([bundle, bundle], [machine, machine])
+    with pytest.raises(ValueError, match="the job needs 2 machines with 64 CPUs, 8 GPUs, and 1 of the cluster's 2"):
+        check_cluster([bundle, bundle], [machine, {"Alive": True, "Resources": {"CPU": 64.0}}, {"Alive": False}])
