@@ -62,12 +62,12 @@ def build_models(config: Config, mesh: Mesh, *, num_prompts: int) -> Models:
 
 def model_paths(config: Config) -> dict[str, Path]:
     """Where each model of a run starts from, by name; those that the algorithm does not build among them."""
-    paths = {
-        "policy": config.policy.path,
-        "critic": None if config.critic is None else config.critic.path,
-        "reference": config.kl.reference,
-    }
-    return {name: path for name, path in paths.items() if path is not None}
+    paths = {"policy": config.policy.path}
+    if config.critic is not None:
+        paths["critic"] = config.critic.path
+    if config.kl.reference is not None:
+        paths["reference"] = config.kl.reference
+    return paths
 
 
 def with_options(

@@ -15,13 +15,14 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_orz.config import Config, to_json
+from megatron_orz.config import Config, SupervisedConfig, to_json
 from megatron_orz.data.prompts import render
 from megatron_orz.logs import read_metrics
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-RECIPES = [path for path in EXAMPLES if "RECIPE" in path.read_text()]
+RECIPES = [path for path in EXAMPLES if "RECIPE = Config(" in path.read_text()]
+SUPERVISED = [path for path in EXAMPLES if "RECIPE = SupervisedConfig(" in path.read_text()]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 RUN_FILES = {
     *("config.json", "metrics.jsonl", "tensorboard", "curves.png", "generations", "vllm.log"),
@@ -66,6 +67,16 @@ def test_a_recipe_is_complete_and_survives_its_command_line(path: Path) -> None:
     assert changed == dataclasses.replace(recipe, ppo=dataclasses.replace(recipe.ppo, num_steps=3), seed=8)
     assert json.loads(to_json(recipe))["ppo"]["num_steps"] == recipe.ppo.num_steps
     # Checkpoints, metrics and base models go where git does not look.
+    assert recipe.run_dir.parts[0] == "runs"
+
+
+@pytest.mark.parametrize("path", SUPERVISED, ids=named)
+def test_a_supervised_recipe_is_complete_and_survives_its_command_line(path: Path) -> None:
+    recipe = runpy.run_path(str(path))["RECIPE"]
+    assert checked_again(recipe) == recipe
+    assert tyro.cli(SupervisedConfig, default=recipe, args=[]) == recipe
+    changed = tyro.cli(SupervisedConfig, default=recipe, args=["--num-epochs", "3", "--data.learn", "all"])
+    assert changed == dataclasses.replace(recipe, num_epochs=3.0, data=dataclasses.replace(recipe.data, learn="all"))
     assert recipe.run_dir.parts[0] == "runs"
 
 
@@ -144,6 +155,23 @@ def score_as_base(checkpoint: Path) -> float:
     done = run_example("demo.py", *paths, "--run-dir", "runs/again", "--ppo.num-steps", "1", timeout_s=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return read_metrics(Path("runs/again/metrics.jsonl"))[0]["evaluation/held_out/avg@4"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_cold_start_teaches_the_demo_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base model, then what it learns of the teacher: minutes, half of them the base's."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo_base.py", "sft_cold_start.py"):
+        done = run_example(name, timeout_s=900)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "Traceback" not in done.stderr
+    base, run_dir = tmp_path / "runs" / "demo-base", tmp_path / "runs" / "demo-cold-start"
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    assert rows[-1]["evaluation/held_out/loss"] < 0.4 * rows[0]["evaluation/held_out/loss"]
+    before, after = (share_solved_by_transformers(path / "final", base / "held_out.jsonl") for path in (base, run_dir))
+    assert after >= max(before, 0.75)
+    assert AutoTokenizer.from_pretrained(run_dir / "final").chat_template is not None
 
 
 @pytest.mark.slow

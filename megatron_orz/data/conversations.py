@@ -76,7 +76,7 @@ def _messages(row: Any, place: str) -> tuple[Message, ...]:
 
 def _message(item: Any, number: int, place: str) -> Message:
     match item:
-        case {"role": str(role), "content": content} if role in get_args(Role):
+        case {"role": ("system" | "user" | "assistant") as role, "content": content}:
             return Message(role=role, content=text_of(content, f"content of message {number}", place))
     rule = f"message {number} is not an object with a content and one of the roles {', '.join(get_args(Role))}"
     raise RowError("wrong_type", place, f"{rule}; correct it")
