@@ -93,25 +93,27 @@ def to_json(profile: Profile, outcomes: Outcomes, checked: Sequence[tuple[Measur
 
 
 def draw(profile: Profile, outcomes: Outcomes, picture: Path) -> None:
-    """Step time over the number of GPUs, and over the split of the number in the middle; one line for each mode."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    by_gpus, by_split = figure.subplots(1, 2)
+    """Step time over the split of the GPUs, and over their number where there are several; one line for each mode."""
     counts = list(outcomes)
     middle = counts[len(counts) // 2]
+    figure = Figure(figsize=(11 if len(counts) > 1 else 7, 4), layout="constrained")
+    by_split, *others = figure.subplots(1, min(2, len(counts)), squeeze=False)[0]
     for index, outcome in enumerate(outcomes[middle]):
         name, colour = outcome.mode.name, f"C{index}"
-        steps = [of_modes[index].course.step_s for of_modes in outcomes.values()]
-        by_gpus.plot(counts, steps, marker="o", color=colour, label=name)
         if outcome.mode.colocated:
-            by_split.axhline(outcome.course.step_s, color=colour, linestyle="--")
+            by_split.axhline(outcome.course.step_s, color=colour, linestyle="--", label=name)
         else:
             shares = [course.setting.trainer_gpus / middle for course in outcome.tried]
-            by_split.plot(shares, [course.step_s for course in outcome.tried], marker="o", color=colour)
-    by_gpus.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="seconds a step", title="at the best split")
-    by_gpus.set_xticks(counts, [str(count) for count in counts])
-    by_gpus.minorticks_off()
-    by_gpus.legend(loc="upper right")
+            by_split.plot(shares, [course.step_s for course in outcome.tried], marker="o", color=colour, label=name)
+        for by_gpus in others:
+            steps = [of_modes[index].course.step_s for of_modes in outcomes.values()]
+            by_gpus.plot(counts, steps, marker="o", color=colour)
     by_split.set(yscale="log", xlabel="share of the trainer", ylabel="seconds a step", title=f"{middle} GPUs")
+    by_split.legend(loc="upper center")
+    for by_gpus in others:
+        by_gpus.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="seconds a step", title="at the best split")
+        by_gpus.set_xticks(counts, [str(count) for count in counts])
+        by_gpus.minorticks_off()
     figure.suptitle(f"{profile.name}, simulated")
     figure.savefig(picture, dpi=120)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -94,8 +93,9 @@ def best_outcome(
     if mode.colocated or trainer_gpus is not None:
         best = try_splits([gpus if mode.colocated else trainer_gpus or gpus])
     else:
-        best = try_splits(first_splits(profile, gpus))
-        while between := splits_between(profile, sorted(tried), best):
+        possible = possible_splits(profile, gpus)
+        best = try_splits(first_splits(possible))
+        while between := splits_between(possible, sorted(tried), best):
             best = try_splits(between)
     chosen = tried[best]
     return Outcome(
@@ -116,30 +116,29 @@ def costs(profile: Profile, course: Course, run: Simulate) -> Costs:
     )
 
 
-def first_splits(profile: Profile, gpus: int) -> list[int]:
-    """Numbers of trainer GPUs, evenly over those that leave whole replicas and whole servers."""
-    possible = _possible(profile, gpus)
+def possible_splits(profile: Profile, gpus: int) -> list[int]:
+    """Numbers of trainer GPUs that leave whole replicas and whole servers. Raises ValueError where there are none."""
+    possible = [
+        trainer
+        for trainer in range(profile.gpus_per_replica, gpus, profile.gpus_per_replica)
+        if (gpus - trainer) % profile.gpus_per_server == 0
+    ]
     if not possible:
         raise ValueError(
             f"{gpus} GPUs cannot be split into replicas of {profile.gpus_per_replica} and servers of "
             f"{profile.gpus_per_server}; choose more"
         )
+    return possible
+
+
+def first_splits(possible: Sequence[int]) -> list[int]:
+    """Some of them, evenly spread."""
     last = len(possible) - 1
     return sorted({possible[round(last * place / (FIRST_SPLITS - 1))] for place in range(FIRST_SPLITS)})
 
 
-def splits_between(profile: Profile, tried: Sequence[int], best: int) -> list[int]:
-    """Splits halfway from the best one to the nearest ones tried; none where there is nothing between them."""
-    unit = math.lcm(profile.gpus_per_replica, profile.gpus_per_server)
-    place = tried.index(best)
-    neighbours = [tried[index] for index in (place - 1, place + 1) if 0 <= index < len(tried)]
-    halfway = [(best + other) // 2 // unit * unit for other in neighbours]
-    return [split for split in halfway if split not in tried and min(tried) < split < max(tried)]
-
-
-def _possible(profile: Profile, gpus: int) -> list[int]:
-    return [
-        trainer
-        for trainer in range(profile.gpus_per_replica, gpus, profile.gpus_per_replica)
-        if (gpus - trainer) % profile.gpus_per_server == 0
-    ]
+def splits_between(possible: Sequence[int], tried: Sequence[int], best: int) -> list[int]:
+    """Those halfway from the best one to its neighbours among those tried, in order; none where nothing is between."""
+    place, centre = tried.index(best), possible.index(best)
+    neighbours = [possible.index(tried[index]) for index in (place - 1, place + 1) if 0 <= index < len(tried)]
+    return [possible[(centre + other) // 2] for other in neighbours if abs(centre - other) > 1]

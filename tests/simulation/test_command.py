@@ -12,7 +12,7 @@ from rich.console import Console
 from megatron_orz.simulation.command import Arguments, load_profile, run, simulate_all
 from megatron_orz.simulation.course import simulate
 from megatron_orz.simulation.published import MAX_RESPONSE_TOKENS, MEAN_RESPONSE_TOKENS, NAMES, published_profile
-from megatron_orz.simulation.sweep import Mode, best_outcome, first_splits, modes
+from megatron_orz.simulation.sweep import Mode, best_outcome, first_splits, modes, possible_splits, splits_between
 from tests.simulation.profiles import small_profile, small_setting
 from tests.simulation.test_measured import write_run
 
@@ -36,9 +36,19 @@ def test_the_best_split_is_that_of_trying_all(max_staleness: int) -> None:
 
 def test_splits_leave_whole_replicas_and_servers() -> None:
     profile = small_profile(gpus_per_replica=4, gpus_per_server=2)
-    assert first_splits(profile, 16) == [4, 8, 12]
+    assert possible_splits(profile, 16) == first_splits([4, 8, 12]) == [4, 8, 12]
     with pytest.raises(ValueError, match="5 GPUs cannot be split into replicas of 4 and servers of 2"):
-        first_splits(profile, 5)
+        possible_splits(profile, 5)
+    # 30 - 8 is no multiple of 4, though 8 lies halfway from 2 to 14.
+    assert possible_splits(small_profile(gpus_per_replica=2, gpus_per_server=4), 30) == [2, 6, 10, 14, 18, 22, 26]
+
+
+def test_the_search_halves_the_ways_to_the_neighbours_of_the_best() -> None:
+    possible = [2, 6, 10, 14, 18, 22, 26]
+    assert splits_between(possible, [2, 14, 26], 14) == [6, 18]
+    assert splits_between(possible, [2, 14, 26], 2) == [6]
+    assert splits_between(possible, [2, 6, 14, 18, 26], 6) == [10]
+    assert splits_between(possible, [6, 10, 14], 10) == []
 
 
 def test_costs_are_what_a_step_would_be_shorter_by() -> None:
