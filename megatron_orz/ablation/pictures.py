@@ -14,9 +14,7 @@ from megatron_orz.curves import COLORS, PANELS, Panel, draw_panel, style_axes
 from megatron_orz.logs import read_metrics
 
 LENGTH = Panel(title="Response length", unit="tokens", metric="response/length_mean")
-MISMATCH = Panel(
-    title="Trainer against server", unit="mean |difference of log-probs|", metric="log_prob_mismatch/mean"
-)
+MISMATCH = Panel(title="Trainer against server", unit="mean |difference of log-probs|", metric="log_prob_mismatch/mean")
 
 
 def draw(plan: Plan, set_name: str, results: Sequence[VariantResult], picture: Path) -> None:
