@@ -9,6 +9,7 @@ import pytest
 
 from megatron_orz.ablation.plan import check, load_recipe, make_plan
 from megatron_orz.ablation.sets import SETS
+from megatron_orz.checks import check_models, read_data
 from megatron_orz.config import Config, EvaluationConfig, to_json
 
 DEMO = load_recipe(Path("examples/demo.py"))
@@ -114,3 +115,13 @@ def test_a_directory_of_another_recipe_is_refused_and_one_of_fewer_steps_goes_on
     (run.config.run_dir / "config.json").write_text("{")
     with pytest.raises(ValueError, match="is not valid JSON"):
         check(plan, num_ranks=1)
+
+
+def test_max_prompts_keeps_the_first_of_the_training_prompts(home: Path) -> None:
+    recipe = load_recipe(home / "recipe.py")
+    tokenizer = check_models(recipe)
+    few = replace(recipe, data=replace(recipe.data, max_prompts=7))
+    assert read_data(few, tokenizer)[0] == read_data(recipe, tokenizer)[0][:7]
+    assert read_data(few, tokenizer)[1] == read_data(recipe, tokenizer)[1]
+    with pytest.raises(ValueError, match=r"data\.max_prompts 0 < 1; leave it out for all prompts"):
+        replace(recipe.data, max_prompts=0)
