@@ -29,8 +29,12 @@ RecordRollouts = Callable[[int, Sequence[Rollout]], Metrics]
 class PerformanceMeter:
     """Listens to the spans of a log and looks at the rollouts of each step."""
 
-    def __init__(self, config: Config, *, world_size: int, device: torch.device) -> None:
-        """world_size: GPUs of the trainer, or processes on CPUs."""
+    def __init__(self, config: Config, *, needs_old_log_probs: bool, world_size: int, device: torch.device) -> None:
+        """needs_old_log_probs: of the algorithm; else the policy's only update finds them.
+
+        world_size: GPUs of the trainer, or processes on CPUs.
+        """
+        self._needs_old_log_probs = needs_old_log_probs
         self._policy = read_architecture(config.policy.path)
         self._critic = None
         if config.critic is not None and config.ppo.uses_critic:
@@ -68,10 +72,11 @@ class PerformanceMeter:
         num_tokens = sum(rollout.num_tokens for rollout in rollouts)
         num_response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
         tokens = {"generate": num_response_tokens, "infer": num_tokens, "critic": num_tokens, "policy": num_tokens}
-        flops = self._phase_flops(rollouts, num_response_tokens)
+        policy_infers = self._needs_old_log_probs or seconds["policy"] == 0
+        flops = self._phase_flops(rollouts, num_response_tokens, policy_infers=policy_infers)
         metrics: Metrics = {}
         for phase in flops:
-            if seconds[phase] > 0:
+            if seconds[phase] > 0 and flops[phase] > 0:
                 num_gpus = self._num_generators if phase == "generate" else self._num_trainers
                 metrics[f"perf/{phase}_tokens_per_s_per_gpu"] = tokens[phase] / seconds[phase] / num_gpus
                 metrics[f"perf/{phase}_mfu"] = flops[phase] / seconds[phase] / (num_gpus * self._peak)
@@ -84,13 +89,15 @@ class PerformanceMeter:
             "perf/peak_tflops": self._peak / 1e12,
         }
 
-    def _phase_flops(self, rollouts: Sequence[Rollout], num_response_tokens: int) -> dict[str, int]:
+    def _phase_flops(
+        self, rollouts: Sequence[Rollout], num_response_tokens: int, *, policy_infers: bool
+    ) -> dict[str, int]:
         lengths = [rollout.num_tokens for rollout in rollouts]
         policy = model_flops(self._policy, lengths, num_head_tokens=num_response_tokens)
         critic = Flops(layers=0, attention=0, head=0)
         if self._critic is not None:
             critic = model_flops(self._critic, lengths, num_head_tokens=num_response_tokens, value_head=True)
-        num_inferring = 2 if self._has_reference else 1
+        num_inferring = policy_infers + self._has_reference
         return {
             "generate": policy.forward,
             "infer": num_inferring * policy.forward + critic.forward,

@@ -116,9 +116,15 @@ def train(config: Config) -> None:
             preemption=run.preemption,
         )
         recorder = RolloutRecorder(config.generations, tokenizer=tokenizer, ranks=ranks, log=log)
+        algorithm = compose(config)
         record_rollouts: RecordRollouts = recorder.record
         if is_main:
-            meter = PerformanceMeter(config, world_size=mesh.world_size, device=mesh.device)
+            meter = PerformanceMeter(
+                config,
+                needs_old_log_probs=algorithm.needs_old_log_probs,
+                world_size=mesh.world_size,
+                device=mesh.device,
+            )
             log.listen(meter.on_span)
             log.include(meter.metrics)
             record_rollouts = meter.observing(record_rollouts)
@@ -126,7 +132,7 @@ def train(config: Config) -> None:
         policy, critic, reference, step_fleet = in_turns(config, models, fleet, step_fleet, log)
         ppo.run(
             config,
-            algorithm=compose(config),
+            algorithm=algorithm,
             policy=policy,
             critic=critic,
             reference=reference,

@@ -46,7 +46,8 @@ def meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PerformanceMeter:
     )
     tiny.config_of("llama").save_pretrained(work.model)
     fleet = FleetConfig(kind="vllm", num_servers=3)
-    return PerformanceMeter(our_config(work, critic=True, fleet=fleet), world_size=2, device=torch.device("cpu"))
+    config = our_config(work, critic=True, fleet=fleet)
+    return PerformanceMeter(config, needs_old_log_probs=True, world_size=2, device=torch.device("cpu"))
 
 
 def test_rates_are_tokens_and_operations_by_the_seconds_of_their_phase(
@@ -80,6 +81,20 @@ def test_rates_are_tokens_and_operations_by_the_seconds_of_their_phase(
             "perf/policy_mfu": policy.training / 4 / (2 * PEAK),
         }
     )
+
+
+def test_an_update_that_finds_the_log_probabilities_leaves_the_critic_alone_to_infer(
+    meter: PerformanceMeter, tmp_path: Path
+) -> None:
+    meter._needs_old_log_probs = False
+    critic = model_flops(read_architecture(tmp_path / "model"), [6], num_head_tokens=4, value_head=True)
+    for has_update in (True, False):
+        meter.observing(lambda step, rollouts: {})(0, [rollout(3, 4)])
+        meter.on_span("infer", 0.0, 2.0)
+        if has_update:
+            meter.on_span("policy", 2.0, 3.0)
+        is_critic_alone = meter.metrics()["perf/infer_mfu"] == pytest.approx(critic.forward / 2 / (2 * PEAK))
+        assert is_critic_alone == has_update
 
 
 def test_a_record_without_rollouts_has_no_rates_and_the_next_step_begins_after_it(
