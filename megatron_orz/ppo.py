@@ -140,11 +140,11 @@ def update(
 def update_policy(
     policy: Policy,
     trained: Sequence[Experience],
-    experience: Sequence[Experience],
+    experience: list[Experience],
     num_updates: int,
     algorithm: Algorithm,
     log: RunLog,
-) -> tuple[Metrics, Sequence[Experience]]:
+) -> tuple[Metrics, list[Experience]]:
     """`update` of the policy. The forward pass of an only update finds log pi_old, if nothing has asked for it before.
 
     trained: with the advantages of the loss. Returns the metrics, and `experience` with log pi_old.
