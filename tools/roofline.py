@@ -124,7 +124,13 @@ def draw(roofline: Roofline, picture: Path) -> None:
         ours = name == "megatron_orz"
         axes.plot(*zip(*points, strict=True), marker, label=name, markersize=9 if ours else 6, zorder=3 if ours else 2)
     for work in roofline.works:
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "bottom", "rotation": 90, "fontsize": 8}
+        place: dict[str, Any] = {
+            "xycoords": ("data", "axes fraction"),
+            "ha": "right",
+            "va": "bottom",
+            "rotation": 90,
+            "fontsize": 8,
+        }
         axes.annotate(work.task, (work.intensity * 0.95, 0.05), **place)
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that has to be moved", ylabel="GFLOP/s")
     axes.set_title(roofline.device, fontsize=10)
