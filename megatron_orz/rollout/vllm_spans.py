@@ -21,11 +21,13 @@ class SpanVLLMClient(VLLMClient):
     generate_path = "/inference/v1/generate"
 
     def body(self, request: GenerationRequest) -> dict[str, Any]:
-        """The JSON of a generation request: the sampling parameters of a completion, in a part of their own."""
+        """The JSON of a generation request: the sampling parameters of a completion, but for the seed, in a part."""
         completion = super().body(request)
         outer = {"model": completion.pop("model"), "request_id": completion.pop("request_id")}
         outer["token_ids"] = completion.pop("prompt")
         del completion["return_token_ids"]
+        # A CPU server dies of a seeded request whose tokens it computes in chunks, as when it takes one up again.
+        del completion["seed"]
         return {**outer, "sampling_params": completion}
 
     def answers(self, reply: Any, request: GenerationRequest) -> list[Answer]:

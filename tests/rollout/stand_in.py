@@ -113,7 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
         spans = [{"version": first, "start": 0, "end": swap}, {"version": last, "start": swap, "end": NUM_TOKENS}]
         choices = []
         for index in reversed(range(sampling["n"])):
-            old, new = (response(prompt, sampling["seed"], index, int(version)) for version in (first, last))
+            seed = sampling.get("seed", 0)
+            old, new = (response(prompt, seed, index, int(version)) for version in (first, last))
             choice = {
                 "index": index,
                 "token_ids": old[:swap] + new[swap:],

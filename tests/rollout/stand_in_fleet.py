@@ -122,12 +122,17 @@ def open_stand_ins(run_dir: Path, num_servers: int, **fleet: Any) -> Iterator[St
         yield StandIns(group, processes)
 
 
-def expected(prompts: Sequence[Prompt], *, version: int, seed: int = 0) -> list[tuple[int, list[int], int]]:
-    """What the stand-ins answer to `StandIns.generate`: prompt id, token ids and version of each rollout, in order."""
+def expected(
+    prompts: Sequence[Prompt], *, version: int, seed: int = 0, is_seeded: bool = True
+) -> list[tuple[int, list[int], int]]:
+    """What the stand-ins answer to `StandIns.generate`: prompt id, token ids and version of each rollout, in order.
+
+    is_seeded: requests carry a seed, as they do unless weights swap within responses.
+    """
     return [
         (
             prompt.prompt_id,
-            stand_in.response(prompt.token_ids, prompt_seed(seed, index), sibling, version),
+            stand_in.response(prompt.token_ids, prompt_seed(seed, index) if is_seeded else 0, sibling, version),
             version,
         )
         for index, prompt in enumerate(prompts)

@@ -51,7 +51,7 @@ def test_versions_of_a_response_are_spans_of_its_tokens() -> None:
     assert rollouts[0].rollout_log_probs == [0.0, -0.25, -0.5]
 
 
-def test_a_request_asks_for_the_same_sampling_as_a_completion() -> None:
+def test_a_request_asks_for_the_same_sampling_as_a_completion_without_a_seed() -> None:
     with (
         SpanVLLMClient("http://127.0.0.1:9", request_timeout_s=1) as client,
         VLLMClient("http://127.0.0.1:9", request_timeout_s=1) as plain,
@@ -59,6 +59,7 @@ def test_a_request_asks_for_the_same_sampling_as_a_completion() -> None:
         body, completion = client.body(REQUEST), plain.body(REQUEST)
     assert body.pop("token_ids") == completion.pop("prompt") == REQUEST.prompt.token_ids
     assert completion.pop("return_token_ids")
+    assert completion.pop("seed")
     assert body.pop("sampling_params") == {name: completion[name] for name in completion.keys() - body.keys()}
     assert body == {"model": "policy", "request_id": "v3-s0-p0"}
 
