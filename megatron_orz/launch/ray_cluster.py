@@ -72,11 +72,11 @@ def run_on_ray(nodes: Nodes, recipe: Path, arguments: Sequence[str], config: Con
                     f"Ray did not free {len(bundles)} machines within --start-timeout-s {nodes.start_timeout_s:g} s; "
                     "ray status tells who has them"
                 )
-            actors_of = [
+            strategies = [
                 PlacementGroupSchedulingStrategy(placement_group=group, placement_group_bundle_index=index)
                 for index in range(len(bundles))
             ]
-            return _attempts(ray, nodes, roles, bundles, actors_of, recipe, arguments, config)
+            return _attempts(ray, nodes, roles, bundles, strategies, recipe, arguments, config)
         finally:
             remove_placement_group(group)
     finally:
@@ -115,7 +115,7 @@ def _attempts(
         for attempt in range(nodes.max_restarts + 1):
             name = f"ray-{os.getpid()}.{attempt}.{started}"
             actors = []
-            for (_, _), bundle, strategy in zip(roles, bundles, strategies, strict=True):
+            for bundle, strategy in zip(bundles, strategies, strict=True):
                 actor = ray.remote(RemoteAgent).options(
                     num_cpus=bundle["CPU"],
                     num_gpus=bundle.get("GPU", 0),
@@ -166,7 +166,8 @@ def _wait(
     for actor, (role, _) in zip(actors, roles, strict=True):
         if role == "servers":
             actor.tell.remote(int(signal.SIGTERM))
-    ray.wait(running, num_returns=max(1, len(running)), timeout=_END_S) if running else None
+    if running:
+        ray.wait(running, num_returns=len(running), timeout=_END_S)
     return max(codes, default=RANK_LOST)
 
 
