@@ -76,7 +76,7 @@ class Agent:
         if ATTEMPT not in os.environ or node_rank is None:
             raise ValueError(f"{ATTEMPT} or {NODE_RANK} is not set; agents are started by tools/launch.py")
         if arguments.num_servers and not os.environ.get(TOKEN_VARIABLE):
-            raise ValueError(f"{TOKEN_VARIABLE} is not set, which servers and trainer must share")
+            raise ValueError(f"{TOKEN_VARIABLE} is not set; give servers and trainer the same one")
         self._arguments = arguments
         self._recipe = list(recipe)
         self._signals = signals
@@ -232,7 +232,7 @@ def main(words: Sequence[str]) -> int:
     arguments = tyro.cli(Arguments, args=list(words[:end]))
     with plain_errors(), Signals() as signals:
         if not words[end + 1 :]:
-            raise ValueError("no recipe is named behind --")
+            raise ValueError("no recipe is named behind --; give its path, and its options after it")
         try:
             agent = Agent(arguments, words[end + 1 :], signals)
             return agent.train() if arguments.role == "trainer" else agent.serve()

@@ -55,7 +55,7 @@ class Arguments:
     def __post_init__(self) -> None:
         chosen = self.local + self.slurm + self.ray
         require(chosen == 1, f"{chosen or 'none'} of --local, --slurm and --ray are given; give one of them")
-        require(self.slurm or self.output is None, "--output writes a batch script: it goes with --slurm")
+        require(self.slurm or self.output is None, "--output writes a batch script; leave it out, or use --slurm")
 
 
 def main(words: list[str]) -> int:

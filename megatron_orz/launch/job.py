@@ -50,13 +50,14 @@ class Nodes:
     def __post_init__(self) -> None:
         require(self.nodes >= 1, f"--nodes {self.nodes} is not at least 1")
         require(
-            self.gpus_per_node is None or self.gpus_per_node >= 0, f"--gpus-per-node {self.gpus_per_node} is negative"
+            self.gpus_per_node is None or self.gpus_per_node >= 0,
+            f"--gpus-per-node {self.gpus_per_node} is negative; give at least 0",
         )
         for name in (
             *("server_nodes", "cpus_per_node", "ranks_per_node", "servers_per_node", "max_restarts"),
             *("min_free_gib", "master_port", "server_port"),
         ):
-            require(getattr(self, name) >= 0, f"{option(name)} {getattr(self, name)} is negative")
+            require(getattr(self, name) >= 0, f"{option(name)} {getattr(self, name)} is negative; give at least 0")
         for name in ("start_timeout_s", "max_skew_s"):
             require(
                 0 < getattr(self, name) <= 86400,
@@ -116,7 +117,8 @@ class Nodes:
             raise ValueError(f"{shape}: {error}; or set --nodes or --ranks-per-node") from error
         require(
             self.gpus == 0 or self.ranks <= self.gpus,
-            f"--ranks-per-node {self.ranks} needs as many GPUs, and a node has --gpus-per-node {self.gpus}",
+            f"--ranks-per-node {self.ranks} needs as many GPUs, and a node has --gpus-per-node {self.gpus}; "
+            "set one of them",
         )
         if self.server_nodes:
             self._check_servers(config)

@@ -150,7 +150,10 @@ def choose_ports(address: str, port: int, *, count: int) -> int:
     for candidate in random.SystemRandom().sample(PORTS[:-count], 100):
         if all(_is_free(address, candidate + offset) for offset in range(count)):
             return candidate
-    raise ValueError(f"no free ports were found on node {node_name()} from {PORTS.start} to {PORTS.stop - 1}")
+    raise ValueError(
+        f"no free ports were found on node {node_name()} from {PORTS.start} to {PORTS.stop - 1}; "
+        "end what listens there, or set --master-port and --server-port"
+    )
 
 
 def visible_gpus() -> list[str]:

@@ -114,26 +114,26 @@ def _attempts(
     with Signals() as signals:
         for attempt in range(nodes.max_restarts + 1):
             name = f"ray-{os.getpid()}.{attempt}.{started}"
-            actors = []
+            agents = []
             for bundle, strategy in zip(bundles, strategies, strict=True):
-                actor = ray.remote(RemoteAgent).options(
+                agent = ray.remote(RemoteAgent).options(
                     num_cpus=bundle["CPU"],
                     num_gpus=bundle.get("GPU", 0),
                     max_concurrency=2,
                     scheduling_strategy=strategy,
                 )
-                actors.append(actor.remote())
+                agents.append(agent.remote())
             runs = {
-                actor.run.remote(
+                agent.run.remote(
                     agent_command(nodes, role, recipe, arguments, config),
                     os.getcwd(),
                     agent_environment(name, token, rank),
                 ): role
-                for actor, (role, rank) in zip(actors, roles, strict=True)
+                for agent, (role, rank) in zip(agents, roles, strict=True)
             }
-            code = _wait(ray, actors, roles, runs, signals)
-            for actor in actors:
-                ray.kill(actor)
+            code = _wait(ray, agents, roles, runs, signals)
+            for agent in agents:
+                ray.kill(agent)
             if signals.received or code not in RESTARTABLE:
                 return code
             print(f"attempt {name} ended with {code}; starting again", flush=True)
@@ -141,16 +141,16 @@ def _attempts(
 
 
 def _wait(
-    ray: Any, actors: Sequence[Any], roles: Sequence[tuple[Role, int]], runs: Mapping[Any, Role], signals: Signals
+    ray: Any, agents: Sequence[Any], roles: Sequence[tuple[Role, int]], runs: Mapping[Any, Role], signals: Signals
 ) -> int:
     """The trainer's exit code: the highest of its machines, RANK_LOST where one is gone. Ends the servers."""
     running, codes, num_told = list(runs), [], 0
     deadline = float("inf")
     while any(runs[run] == "trainer" for run in running) and time.monotonic() < deadline:
         for number in signals.received[num_told:]:
-            for actor, (role, _) in zip(actors, roles, strict=True):
+            for agent, (role, _) in zip(agents, roles, strict=True):
                 if role == "trainer":
-                    actor.tell.remote(number)
+                    agent.tell.remote(number)
         num_told = len(signals.received)
         done, running = ray.wait(running, timeout=_POLL_S)
         for run in done:
@@ -163,9 +163,9 @@ def _wait(
                 codes.append(code)
                 if code:
                     deadline = min(deadline, time.monotonic() + 2 * _END_S)
-    for actor, (role, _) in zip(actors, roles, strict=True):
+    for agent, (role, _) in zip(agents, roles, strict=True):
         if role == "servers":
-            actor.tell.remote(int(signal.SIGTERM))
+            agent.tell.remote(int(signal.SIGTERM))
     if running:
         ray.wait(running, num_returns=len(running), timeout=_END_S)
     return max(codes, default=RANK_LOST)

@@ -26,7 +26,7 @@ def read_recipe(recipe: Path, arguments: Sequence[str]) -> Config:
         raise ValueError(f"there is no recipe {recipe}" + (f"; there are {known}" if known else ""))
     config = runpy.run_path(str(recipe)).get("RECIPE")
     if not isinstance(config, Config):
-        raise ValueError(f"{recipe} is no recipe: it sets no RECIPE to a Config, as examples/demo.py does")
+        raise ValueError(f"{recipe} is no recipe; set RECIPE in it to a Config, as examples/demo.py does")
     if not arguments:
         return config
     said = io.StringIO()
@@ -34,7 +34,9 @@ def read_recipe(recipe: Path, arguments: Sequence[str]) -> Config:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(Config, args=list(arguments), default=config, config=CHOICES_OF_DEFAULTS)
     except SystemExit as error:
-        raise ValueError(f"{recipe} does not take {' '.join(arguments)}:\n{said.getvalue().strip()}") from error
+        raise ValueError(
+            f"{recipe} does not take {' '.join(arguments)}; correct it:\n{said.getvalue().strip()}"
+        ) from error
 
 
 def check_whole(recipe: Path, arguments: Sequence[str], *, num_ranks: int) -> None:
@@ -47,8 +49,8 @@ def check_whole(recipe: Path, arguments: Sequence[str], *, num_ranks: int) -> No
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_DRY_RUN_TIMEOUT_S)
     except subprocess.TimeoutExpired as error:
-        raise ValueError(f"{recipe} --dry-run did not end within {_DRY_RUN_TIMEOUT_S} s") from error
+        raise ValueError(f"{recipe} --dry-run did not end within {_DRY_RUN_TIMEOUT_S} s; run it by hand") from error
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         reason = errors[-1].removeprefix("error: ") if errors else done.stderr.strip()[-2000:]
-        raise ValueError(f"{recipe}: {reason}")
+        raise ValueError(f"{recipe} refuses to start; correct this: {reason}")

@@ -149,7 +149,7 @@ def submit(script: str, *, where: Path) -> str:
             f"sbatch did not answer within {_SUBMIT_TIMEOUT_S} s; ask squeue before trying again"
         ) from error
     if done.returncode:
-        raise ValueError(f"sbatch refused the job: {done.stderr.strip()}")
+        raise ValueError(f"sbatch refused the job ({done.stderr.strip()}); set the options that it names")
     return done.stdout.strip().partition(";")[0]
 
 

@@ -95,10 +95,13 @@ def test_options_with_spaces_and_quotes_reach_the_recipe_whole(launch: Launch, t
     ("words", "message"),
     [
         (["examples/none.py", "--slurm"], "there is no recipe examples/none.py; there are examples/demo.py"),
-        (["tools/launch.py", "--slurm"], "tools/launch.py is no recipe: it sets no RECIPE"),
+        (["tools/launch.py", "--slurm"], "tools/launch.py is no recipe; set RECIPE in it"),
         (["examples/orz_7b.py"], "none of --local, --slurm and --ray are given"),
         (["examples/orz_7b.py", "--slurm", "--local"], "2 of --local, --slurm and --ray are given"),
-        (["examples/orz_7b.py", "--local", "--output", "x"], "--output writes a batch script: it goes with --slurm"),
+        (
+            ["examples/orz_7b.py", "--local", "--output", "x"],
+            "--output writes a batch script; leave it out, or use --slurm",
+        ),
         (["examples/orz_7b.py", "--slurm", "--", "--ppo.steps", "3"], "does not take --ppo.steps 3"),
         (
             ["examples/orz_7b.py", "--slurm", "--nodes", "3", "--server-nodes", "2", "--gpus-per-node", "6"],

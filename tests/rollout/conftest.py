@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, 
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_orz.config import ModelConfig, OptimizerConfig, SamplingConfig
+from megatron_orz.rollout import replica
 from megatron_orz.types import NamedWeights, Prompt, Rollout
 
 PAD_ID, EOS_ID = 0, 1
@@ -133,3 +134,11 @@ def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _one_thread() -> None:
     """Two threads on a busy machine are many times slower than one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def impatient_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers are watched, and started anew, within fractions of a second."""
+    monkeypatch.setattr(replica, "_RESTART_DELAYS_S", (0.0, 0.1, 0.2))
+    monkeypatch.setattr(replica, "_HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(replica, "_DEATH_WAIT_S", 0.5)
