@@ -26,7 +26,7 @@ def tell():
     os.kill(os.getpid(), signal.SIGUSR1)
 
 import os, signal, sys, threading, time
-if "--dry-run" not in sys.argv and not Path("told").exists():
+if __name__ == "__main__" and "--dry-run" not in sys.argv and not Path("told").exists():
     Path("told").touch()
     threading.Thread(target=tell, daemon=True).start()
 
