@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor
 
 from megatron_orz.algorithms import group_advantages, kl
-from megatron_orz.algorithms.advantages import Estimator, estimate
+from megatron_orz.algorithms.advantages import AllGather, Estimator, estimate, whiten_advantages
 from megatron_orz.algorithms.algorithm import Algorithm, Estimate
 from megatron_orz.algorithms.gae import decoupled_gae, length_adaptive_gae
 from megatron_orz.algorithms.importance import importance_weights
@@ -33,6 +33,7 @@ def compose(config: Config) -> Algorithm:
     return Algorithm(
         rewards=partial(_rewards, config),
         estimate=estimate_all,
+        whiten=whiten_advantages if config.ppo.whiten_advantages else _as_it_is,
         policy_loss=_policy_loss(config.ppo, config.kl),
         value_loss=ClippedValueLoss(config.ppo.value_clip_eps),
         # Importance weights and the penalties of a reference are known before the update.
@@ -40,6 +41,10 @@ def compose(config: Config) -> Algorithm:
         or config.ppo.importance_cap > 0
         or config.kl.coefficient > 0,
     )
+
+
+def _as_it_is(experience: list[Experience], moments: Tensor, all_gather: AllGather) -> list[Experience]:
+    return experience
 
 
 def _rewards(config: Config, rollouts: Sequence[Rollout]) -> list[float]:

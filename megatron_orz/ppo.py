@@ -12,7 +12,6 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TypeVar
 
-from megatron_orz.algorithms.advantages import whiten_advantages
 from megatron_orz.algorithms.algorithm import Absent, Algorithm
 from megatron_orz.config import Config
 from megatron_orz.data.packing import pack, split
@@ -86,9 +85,7 @@ def run(
             sampler = Absent() if algorithm.is_on_policy(num_policy_updates) else policy
             inferred = [model.infer(batches) for model in (sampler, critic, reference)]
             experience, moments = algorithm.estimate(batches, *inferred)
-            trained = (
-                whiten_advantages(experience, moments, ranks.dp_all_gather) if ppo.whiten_advantages else experience
-            )
+            trained = algorithm.whiten(experience, moments, ranks.dp_all_gather)
 
         # Regress V on R; maximise the clipped surrogate E[min(rho A, clip(rho) A)].
         metrics |= update("critic", critic, trained, num_critic_updates, algorithm.value_loss, log)

@@ -7,12 +7,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from megatron_orz.algorithms.advantages import AllGather
 from megatron_orz.types import Experience, LossOutput, Metrics, PackedBatch, PolicyLoss, Rollout, ValueLoss
 
 Estimate: TypeAlias = Callable[
     [Sequence[PackedBatch], Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], tuple[list[Experience], Tensor]
 ]
 """(packs, old_log_probs, old_values, ref_log_probs) -> experience, moments of its advantages: `advantages.estimate`."""
+
+Whiten: TypeAlias = Callable[[list[Experience], Tensor, AllGather], list[Experience]]
+"""(experience, moments, all_gather) -> experience as the losses see it: `advantages.whiten_advantages`, or as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,7 @@ class Algorithm:
     rewards: Callable[[Sequence[Rollout]], list[float]]
     """What each graded rollout is credited with, at its last token."""
     estimate: Estimate
+    whiten: Whiten
     policy_loss: PolicyLoss
     value_loss: ValueLoss
     needs_old_log_probs: bool = True
