@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -51,10 +52,10 @@ class HostTask:
         for name, seconds in times.items():
             median = statistics.median(seconds)
             factor = "" if name == OURS else f"{median / ours:.2f}x"
-            cells = [f"{1e3 * median:.1f}", f"{self.num_items / median:,.0f}", factor, self.notes.get(name, "")]
+            cells = [f"{1e3 * median:.1f}", f"{self.num_items / median:,.0f}", factor, escape(self.notes.get(name, ""))]
             result.add_row(name, *cells, style="bold" if name == OURS else None)
         for name in self.notes.keys() - times.keys():
-            result.add_row(name, "", "", "", self.notes[name])
+            result.add_row(name, "", "", "", escape(self.notes[name]))
         return result
 
     def as_json(self, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
