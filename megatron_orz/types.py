@@ -142,16 +142,20 @@ class PackedBatch:
         }
         return replace(self, **moved)
 
+    def token_arrays(self) -> dict[str, Tensor]:
+        """Every [T] array that is there, by the name of its field."""
+        return {
+            field.name: value
+            for field in fields(self)
+            if field.name != "cu_seqlens" and isinstance(value := getattr(self, field.name), Tensor)
+        }
+
     def select(self, index: Tensor) -> Self:
         """The tokens at `index`, [n] int64, alone, as a loss sees them: every [T] array becomes [n].
 
         They belong to no sequences: `cu_seqlens` is empty, and what asks it for sequences fails.
         """
-        selected: dict[str, Any] = {
-            field.name: value.index_select(0, index)
-            for field in fields(self)
-            if field.name != "cu_seqlens" and isinstance(value := getattr(self, field.name), Tensor)
-        }
+        selected: dict[str, Any] = {name: x.index_select(0, index) for name, x in self.token_arrays().items()}
         return replace(self, **selected, cu_seqlens=self.cu_seqlens[:0], max_seqlen=0)
 
 

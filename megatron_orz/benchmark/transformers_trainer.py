@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,9 +69,7 @@ def padded_rows(experience: Sequence[Experience], num_rows: int, *, by_length: b
 
 def _concatenate(experience: Sequence[Experience]) -> Experience:
     joined: dict[str, Any] = {
-        field.name: torch.cat([getattr(e, field.name) for e in experience])
-        for field in fields(Experience)
-        if field.name not in ("cu_seqlens", "max_seqlen")
+        name: torch.cat([getattr(e, name) for e in experience]) for name in experience[0].token_arrays()
     }
     lengths = torch.cat([e.cu_seqlens.diff() for e in experience])
     boundaries = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))

@@ -11,7 +11,7 @@ causal attention evenly. With cp 2 and sequences of 7 and 3 tokens (`.` is paddi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -49,11 +49,7 @@ class ContextSlice:
 
     def cut(self, batch: Batch) -> Batch:
         """A pack with this rank's positions; `cu_seqlens` and `max_seqlen` stay those of the whole pack."""
-        cut: dict[str, Any] = {
-            field.name: self.take(value)
-            for field in fields(batch)
-            if isinstance(value := getattr(batch, field.name), Tensor) and field.name != "cu_seqlens"
-        }
+        cut: dict[str, Any] = {name: self.take(x) for name, x in batch.token_arrays().items()}
         return replace(batch, **cut)
 
     def whole(self, x: Tensor) -> Tensor:

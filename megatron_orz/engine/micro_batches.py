@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def _micro_batch(batch: Batch, mesh: Mesh, dtype: torch.dtype) -> MicroBatch[Bat
 
 def _without_loss(batch: Batch, length: int) -> Batch:
     """The first positions of a pack as one sequence that no loss looks at."""
-    cut = {name: getattr(batch, name)[:length] for name in batch.__dataclass_fields__ if name != "max_seqlen"}
+    cut: dict[str, Any] = {name: x[:length] for name, x in batch.token_arrays().items()}
     cut |= {
         "position_ids": torch.arange(length),
         "cu_seqlens": torch.tensor([0, length], dtype=torch.int32),

@@ -34,8 +34,8 @@ def read_recipe(recipe: Path, arguments: Sequence[str]) -> Config:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             return tyro.cli(Config, args=list(arguments), default=config, config=CHOICES_OF_DEFAULTS)
     except SystemExit as error:
-        refused = f"{recipe} does not take {' '.join(arguments)}; correct it"
-        raise ValueError(f"{refused}:\n{said.getvalue().strip()}") from error
+        words = " ".join(arguments)
+        raise ValueError(f"{recipe} does not take {words}; correct it:\n{said.getvalue().strip()}") from error
 
 
 def check_whole(recipe: Path, arguments: Sequence[str], *, num_ranks: int) -> None:
