@@ -141,7 +141,7 @@ def test_problem_files_are_read_back_and_written_whole_or_not_at_all(tmp_path: P
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"num_terms": (5, 3)}, r"num_terms \(5, 3\) is not a range"),
+        ({"num_terms": (5, 3)}, r"num_terms \(5, 3\) must be a range that starts at 2 or more"),
         ({"step_error": 1.5}, r"step_error 1.5 is outside \[0, 1\]"),
         ({"max_term": 0}, "max_term 0 < 1"),
     ],

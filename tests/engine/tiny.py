@@ -126,9 +126,10 @@ def concatenate(sequences: list[Experience], *, multiple: int = 1) -> Experience
         filler = experience([0] * (padding + 1), [], generator)
         sequences = [*sequences, filler]
     lengths = [len(sequence.tokens) for sequence in sequences]
-    names = [name for name in Experience.__dataclass_fields__ if name not in ("cu_seqlens", "max_seqlen")]
     return Experience(
-        **{name: torch.cat([getattr(sequence, name) for sequence in sequences]) for name in names},
+        **{
+            name: torch.cat([getattr(sequence, name) for sequence in sequences]) for name in sequences[0].token_arrays()
+        },
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
         max_seqlen=max(lengths),
     )
