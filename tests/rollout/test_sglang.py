@@ -162,8 +162,8 @@ def test_a_fleet_runs_on_sglangs_own_routes(url: str, tmp_path: Path) -> None:
             loaded = httpx.get(f"{url}/loaded", headers=authorization(), trust_env=False).json()
             assert loaded == [f"a={4 * version}", "b=3"]
             for num_responses in (1, 3):
-                _, rollouts = group.generate(prompts, num_responses=num_responses, seed=0, version=version)
-                assert contents(rollouts) == [
+                answers = group.generate(prompts, num_responses=num_responses, seed=0)
+                assert contents([rollout for siblings in answers.values() for rollout in siblings]) == [
                     (prompt.prompt_id, stand_in.response(prompt.token_ids, 0, sibling, version), version)
                     for prompt in prompts
                     for sibling in range(num_responses)
