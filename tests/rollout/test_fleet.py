@@ -20,7 +20,10 @@ NUM_WEIGHTS = 4
 class EchoServers:
     """Answers every prompt with itself, and fails at the second weight of version 9."""
 
+    version = -1
+
     def update_weights(self, weights: NamedWeights, version: int) -> None:
+        self.version = version
         for index, _ in enumerate(weights):
             if version == 9 and index == 1:
                 raise ConnectionError("the server is gone")
@@ -31,24 +34,27 @@ class EchoServers:
         *,
         num_responses: int,
         seed: int,
-        version: int,
         num_groups: int | None = None,
         on_rollout: Callable[[], None] | None = None,
-    ) -> tuple[list[int], list[Rollout]]:
+    ) -> dict[int, list[Rollout]]:
         if seed == 9:
             raise ValueError("no more rollouts")
         answered = range(len(prompts))[-num_groups:] if num_groups else range(0)
-        return list(answered), [
-            Rollout(
-                prompt=prompt,
-                response_ids=prompt.token_ids[sibling:],
-                rollout_log_probs=[-1.5] * len(prompt.token_ids[sibling:]),
-                finish_reason="stop",
-                policy_version=version,
-            )
-            for prompt in (prompts[index] for index in answered)
-            for sibling in range(num_responses)
-        ]
+        return {
+            index: [echo(prompts[index], sibling, self.version) for sibling in range(num_responses)]
+            for index in answered
+        }
+
+
+def echo(prompt: Prompt, sibling: int, version: int) -> Rollout:
+    ids = prompt.token_ids[sibling:]
+    return Rollout(
+        prompt=prompt,
+        response_ids=ids,
+        rollout_log_probs=[-1.5] * len(ids),
+        finish_reason="stop",
+        policy_version=version,
+    )
 
 
 def _use_fleet() -> None:
@@ -66,7 +72,7 @@ def _use_fleet() -> None:
 
     fleet.update_weights(collective_weights(), 3)
     rollouts = fleet.generate(prompts, num_responses=2, seed=0)
-    _, expected = EchoServers().generate(prompts, num_responses=2, seed=0, version=3, num_groups=3)
+    expected = [echo(prompt, sibling, 3) for prompt in prompts for sibling in range(2)]
     assert rollouts == expected
     first = fleet.generate_first(prompts, num_groups=2, num_responses=2, seed=0)
     assert first == expected[2:]
