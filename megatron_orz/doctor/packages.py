@@ -25,6 +25,7 @@ INSTALL: Mapping[Target, str] = {
 }
 
 EXTENSION = "C++ kernels"
+_REAP_S = 30.0  # in which processes that were killed are gone
 TORCH_PROBE = """
 import json, torch
 cuda = torch.cuda.is_available()
@@ -162,7 +163,7 @@ def run_python(code: str, *, timeout_s: float) -> tuple[str, str]:
         printed, said = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
-        process.communicate()
+        process.communicate(timeout=_REAP_S)
         return f"no end after {timeout_s:g} s", ""
     if process.returncode < 0:
         return f"killed by signal {-process.returncode}{_last_line(said)}", printed
