@@ -91,7 +91,8 @@ class TransformersTrainer:
     ) -> None:
         """value_head: [1, H], of a critic."""
         auto = AutoModelForCausalLM if kind == "policy" else AutoModel
-        self.model = auto.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").to(device)
+        options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa"}
+        self.model = auto.from_pretrained(path, trust_remote_code=False, **options).to(device)
         self.parameters: list[Tensor] = list(self.model.parameters())
         self._kind = kind
         self._head: torch.nn.Linear | None = None

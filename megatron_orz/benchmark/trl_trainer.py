@@ -21,8 +21,10 @@ def run_trl(work: Work, optimizer: OptimizerConfig) -> StepTimes:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(work.model, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(work.model, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        work.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+    )
     num_rollouts = work.num_prompts * work.num_responses
     num_micro_batches = max(1, num_rollouts // work.trl_rows)
     config = GRPOConfig(
