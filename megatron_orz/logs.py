@@ -21,12 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from megatron_orz import terminal
 from megatron_orz.alerts import Alerts
 from megatron_orz.config import RunConfig, to_json
 from megatron_orz.json_file import parse_json
@@ -159,8 +158,7 @@ class RunLog:
         if not (self._is_main and self.console.is_terminal):
             yield lambda: self._on_progress(description)
             return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=self.console, transient=True) as bar:
+        with terminal.progress(self.console) as bar:
             task = bar.add_task(description, total=total)
 
             def advance() -> None:
@@ -292,9 +290,7 @@ def console_line(step: int, num_steps: int, metrics: Mapping[str, float]) -> Tex
 
 def comparison_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
     """Evaluation metrics before and after training, and their difference; `-` where one was not measured."""
-    table = Table("held-out", box=box.SIMPLE_HEAD, title="before and after training")
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
+    table = terminal.table("before and after training", ["held-out"], ["before", "after", "change"])
     for name in dict.fromkeys([*before, *after]):
         if not name.startswith("evaluation/"):
             continue

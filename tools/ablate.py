@@ -20,10 +20,10 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from megatron_orz import terminal
 from megatron_orz.ablation.pictures import draw
 from megatron_orz.ablation.plan import Plan, Run, check, check_directories, load_recipe, make_plan
 from megatron_orz.ablation.report import as_json, markdown
@@ -97,18 +97,18 @@ def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def show_sets() -> None:
     for name, ablation_set in SETS.items():
-        print(f"{name}: {ablation_set.question}")
+        table = terminal.table(f"{name}: {ablation_set.question}", ["variant", "options"])
         for variant, options in ablation_set.variants.items():
-            print(f"    {variant:12} {options or '(the recipe as it is)'}")
+            table.add_row(variant, options or "(the recipe as it is)")
+        terminal.console().print(table)
 
 
 def make_all(plan: Plan, arguments: Arguments) -> dict[str, str]:
     """Makes all runs that are not finished; the reasons of those that failed, by name."""
     check(plan, num_ranks=arguments.num_ranks)
-    console = Console(highlight=False)
+    console = terminal.console()
     failures: dict[str, str] = {}
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with terminal.progress(console) as progress:
         all_runs = progress.add_task("runs", total=len(plan.runs))
         for place, run in enumerate(plan.runs, start=1):
             reason = None if run.is_finished else make_one(run, arguments, progress)

@@ -14,18 +14,14 @@ python tools/benchmark.py compare before.json after.json
 python tools/benchmark.py table
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from megatron_orz.benchmark import compare, end_to_end, kernels, packing, rewards, summary, sync, train
-from megatron_orz.command_line import plain_errors
-
-WIDTH = 140
-"""Columns of what goes into a file."""
+from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.terminal import console
 
 COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
     "train": (train.Arguments, train.run),
@@ -41,12 +37,9 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
 
 def main() -> None:
     with plain_errors():
-        arguments: Any = tyro.extras.subcommand_cli_from_dict(
-            {name: of_command for name, (of_command, _) in COMMANDS.items()}, description=__doc__
-        )
-        console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
+        arguments = read_command({name: of_command for name, (of_command, _) in COMMANDS.items()})
         (run,) = (run for of_command, run in COMMANDS.values() if isinstance(arguments, of_command))
-        run(arguments, console)
+        run(arguments, console())
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Annotated, TypeAlias
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from megatron_orz import terminal
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType
 from megatron_orz.conversion.convert import Conversion, plan_hf_to_megatron, plan_megatron_to_hf
@@ -113,9 +112,7 @@ def run(command: Command) -> int:
 
 
 def convert(conversion: Conversion) -> int:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
-    progress = Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
-    with progress:
+    with terminal.progress(in_bytes=True) as progress:
         task = progress.add_task(f"writing {conversion.target.name}", total=conversion.num_bytes)
         is_new = conversion.run(lambda num_bytes: progress.advance(task, num_bytes))
         progress.update(task, completed=conversion.num_bytes)
@@ -152,8 +149,10 @@ def verify(command: Verify) -> int:
 
 def inspect(path: Path) -> int:
     tensors = list(list_tensors(path))
+    table = terminal.table(None, ["tensor", "type"], ["bytes"], notes=True)
     for tensor in tensors:
-        print(f"{tensor.name:<80} {tensor.dtype:<9} {tensor.num_bytes:>14,} {list(tensor.shape)}")
+        table.add_row(tensor.name, tensor.dtype, f"{tensor.num_bytes:,}", str(list(tensor.shape)))
+    terminal.console().print(table)
     total = sum(tensor.num_bytes for tensor in tensors)
     print(f"{len(tensors)} tensors, {total:,} bytes ({total / 2**30:.2f} GiB)")
     return 0

@@ -16,12 +16,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from megatron_orz import terminal
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.critic_analysis.contrast import CONFIDENCE, Contrast, contrasts
 from megatron_orz.critic_analysis.page import contrast_cells, render_page
@@ -66,13 +64,12 @@ class Arguments:
 
 def main() -> None:
     with plain_errors():
-        arguments, console = read_command(Arguments), Console(highlight=False)
+        arguments, console = read_command(Arguments), terminal.console()
         files = [file for path in arguments.generations for file in find_generations(path)]
         with console.status("reading the generations and loading the critic"):
             generations = [generation for file in files for generation in read_generations(file)]
             critic, tokenizer = load_critic(arguments.critic, device=arguments.device)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console, transient=True) as bar:
+        with terminal.progress(console) as bar:
             task = bar.add_task("values", total=len(generations))
             responses = value_responses(
                 critic,
@@ -118,10 +115,8 @@ def facts(arguments: Arguments, responses: Sequence[ValuedResponse]) -> dict[str
 
 def table(compared: Sequence[Contrast]) -> Table:
     """The comparison, for the terminal."""
-    rows = Table(box=box.SIMPLE_HEAD, title="repeated stretches against elsewhere")
-    rows.add_column("")
-    for heading in ("repeated", "elsewhere", f"difference [{CONFIDENCE:.0%}]", "matched", "tokens", "elsewhere"):
-        rows.add_column(Text(heading), justify="right")
+    columns = ("repeated", "elsewhere", f"difference [{CONFIDENCE:.0%}]", "matched", "tokens", "elsewhere")
+    rows = terminal.table("repeated stretches against elsewhere", [""], columns)
     for contrast in compared:
         rows.add_row(*map(Text, contrast_cells(contrast)))
     return rows

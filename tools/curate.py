@@ -18,9 +18,8 @@ from typing import Annotated, Any, TypeAlias
 
 import tyro
 from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from megatron_orz import terminal
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
 from megatron_orz.data.curation.answers import judge_answers
@@ -150,9 +149,11 @@ def run(command: Run) -> None:
         raise ValueError(
             f"another process is curating into {command.output}; wait, or name another --output"
         ) from error
+    table = terminal.table(None, ["stage"], ["rows", "left"], notes=True)
     for name, stage in summary["stages"].items():
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in stage["dropped"].items())
-        print(f"{name:<16} {stage['rows']:>10,} rows {stage['kept']:>10,} left  {reasons}")
+        table.add_row(name, f"{stage['rows']:,}", f"{stage['kept']:,}", reasons)
+    terminal.console().print(table)
     for note in notes(command):
         print(f"note: {note}")
     print(f"{summary['kept']:,} of {summary['rows']:,} rows stay; {command.output / 'report.html'} tells why")
@@ -257,9 +258,8 @@ def notes(command: Run) -> list[str]:
 
 @contextlib.contextmanager
 def bar(what: str, total: int) -> Iterator[Advance]:
-    """A progress bar on stderr."""
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    """A progress bar."""
+    with terminal.progress() as progress:
         task = progress.add_task(what, total=total)
         yield lambda amount: progress.advance(task, amount)
 

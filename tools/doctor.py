@@ -15,13 +15,12 @@ def main() -> None:
             f"the doctor itself needs {' and '.join(missing)}, not installed here; run make setup (docs/install.md)"
         )
 
-    from rich.console import Console
-
     from megatron_orz.command_line import plain_errors
     from megatron_orz.doctor import command
+    from megatron_orz.terminal import console
 
     with plain_errors():
-        sys.exit(command.run(Console()))
+        sys.exit(command.run(console()))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_orz import terminal
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
 from megatron_orz.evaluation.benchmark import Benchmark, load_benchmark
@@ -217,11 +216,10 @@ def load(command: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Benchm
 def answer(
     command: Run, benchmark: Benchmark, generate: Generate, tokenizer: PreTrainedTokenizerBase
 ) -> list[ItemRecord]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with (
         RecordFile(command.output / f"{benchmark.name}.jsonl") as records,
         AnswerVerifier(timeout_s=command.reward.timeout_s, num_workers=command.reward.num_workers) as verifier,
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        terminal.progress() as progress,
     ):
         task = progress.add_task(benchmark.name, total=len(benchmark.items) * command.num_responses)
         return answer_items(
@@ -289,7 +287,7 @@ def identity(command: Run, weights: str) -> dict[str, Any]:
 def show(command: Show) -> None:
     benchmarks = read_run(command.input)
     print_scores([summarise(name, records) for name, records in benchmarks.items()])
-    console = Console(highlight=False)
+    console = terminal.console()
     for name, records in benchmarks.items():
         if command.wrong:
             console.print(f"\n{name}: {sum(record.score < 1 for record in records)} items are not always solved")
@@ -307,7 +305,7 @@ def compare_runs(command: Compare) -> None:
     for name in sorted({*first, *second} - {*common}):
         print(f"{name} is in one of the two only, and is left out", file=sys.stderr)
     comparisons = [compare(name, first[name], second[name]) for name in common]
-    console = Console(highlight=False)
+    console = terminal.console()
     console.print(comparison_table(comparisons))
     for comparison in comparisons:
         console.print(flipped_items(comparison, limit=command.flips))
@@ -326,10 +324,9 @@ def read_run(directory: Path) -> dict[str, list[ItemRecord]]:
 
 def grade_rows(command: GradeRows) -> None:
     faults: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with (
         AnswerVerifier(timeout_s=command.reward.timeout_s, num_workers=command.reward.num_workers) as verifier,
-        Progress(*columns, console=Console(stderr=True), transient=True) as progress,
+        terminal.progress(in_bytes=True) as progress,
     ):
         size = command.input.stat().st_size if command.input.is_file() else None
         report = grade_file(
@@ -355,7 +352,7 @@ def report_faults(title: str, faults: Sequence[str]) -> None:
 
 
 def print_scores(summaries: Sequence[Summary]) -> None:
-    console = Console(highlight=False)
+    console = terminal.console()
     console.print(score_table(summaries))
     console.print(response_table(summaries))
     if (table := published_table(summaries)) is not None:

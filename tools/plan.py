@@ -19,8 +19,8 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from megatron_orz import terminal
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, ParallelConfig, Recompute
 from megatron_orz.engine.architecture import Architecture, read_architecture
@@ -167,10 +167,8 @@ def reasons(chosen: Plan, candidates: list[Plan], architecture: Architecture, ar
 
 
 def print_table(shown: list[Plan], chosen: Plan | None, console: Console) -> None:
-    table = Table(title="GiB on the fullest GPU, and a step's relative time")
-    columns = ("layout", "weights", "gradients", "optimizer", "activations", "training", "time")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "layout" else "right", no_wrap=True)
+    columns = ("weights", "gradients", "optimizer", "activations", "training", "time")
+    table = terminal.table("GiB on the fullest GPU, and a step's relative time", ["layout"], columns)
     for plan in shown:
         models = (plan.policy, plan.critic)
         sums = [sum(getattr(m, name) for m in models) for name in ("weights", "gradients", "optimizer")]
@@ -187,7 +185,7 @@ def suggest_layout(arguments: Arguments) -> None:
     if not candidates:
         raise ValueError(f"the model cannot be laid out on {arguments.gpus} GPUs; choose a number with more divisors")
     chosen = suggest(candidates, arguments)
-    console = Console()
+    console = terminal.console()
     last = candidates.index(chosen) if chosen else len(candidates) - 1
     print_table(candidates[max(0, last - 3) : last + 4], chosen, console)
     if chosen is None:
@@ -206,7 +204,7 @@ def main() -> None:
         if isinstance(arguments, Arguments):
             suggest_layout(arguments)
         else:
-            simulation.run(arguments)
+            simulation.run(arguments, terminal.console())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from megatron_orz import terminal
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.generations import Generation, find_generations, read_generations
 from megatron_orz.printable import printable
@@ -79,7 +80,7 @@ class Arguments:
 
 def main() -> None:
     with plain_errors():
-        arguments, console = read_command(Arguments), Console(highlight=False)
+        arguments, console = read_command(Arguments), terminal.console()
         files = find_generations(arguments.path)
         if not arguments.is_filtered and arguments.path.is_dir():
             console.print(steps_table(files, console))
@@ -116,9 +117,8 @@ def first(generations: Iterable[Generation], arguments: Arguments) -> list[Gener
 
 def steps_table(files: Sequence[Path], console: Console) -> Table:
     """What each step's file holds."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("step", "rollouts", "prompts", "reward", "length", "cut", "reflecting", "repetition"):
-        table.add_column(heading, justify="right")
+    columns = ("step", "rollouts", "prompts", "reward", "length", "cut", "reflecting", "repetition")
+    table = terminal.table(None, [], columns)
     with console.status("reading generations") as status:
         for file in files:
             status.update(f"reading {file.name}")

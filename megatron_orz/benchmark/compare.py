@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
+from megatron_orz import terminal
 from megatron_orz.benchmark import results
 from megatron_orz.benchmark.results import Measured
 
@@ -91,9 +91,8 @@ def run(arguments: Arguments, console: Console | None = None) -> list[Change]:
     for path in (arguments.before, arguments.after):
         e = results.read(path)["environment"]
         console.print(f"{path}: {e['device']}, torch {e['torch']}, commit {str(e['commit'])[:9]}, {e['time']}")
-    table = Table()
-    for column in ("task", "", "before s", "after s", "others took", "faster by", ""):
-        table.add_column(column, justify="left" if column in ("task", "") else "right")
+    columns = ("before s", "after s", "others took", "faster by")
+    table = terminal.table(None, ["task", ""], columns, notes=True)
     for change in found:
         seconds = [f"{statistics.median(m.times_s):.4g}" for m in (change.before, change.after)]
         drift = f"{change.drift:.2f}x" if change.before.is_ours else ""

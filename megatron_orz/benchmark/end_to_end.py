@@ -15,9 +15,10 @@ from typing import Literal, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_orz import terminal
 from megatron_orz.benchmark import countdown, environment, results, workload
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.benchmark.group import OURS
@@ -122,8 +123,7 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     disable_progress_bar()  # transformers draws one for the model it saves
     groups = []
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with terminal.progress() as progress:
         for kind in arguments.only:
             loop = measure(kind, arguments, progress)
             console.print(table(loop))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_orz import terminal
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.measure import Run, interleaved_times
 
@@ -34,20 +34,15 @@ class HostTask:
 
     def measure(self, num_repeats: int) -> dict[str, list[float]]:
         """Seconds of each run, after one to warm up; shows how far it is."""
-        columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            total = len(self.runs) * (num_repeats + 1)
-            where = progress.add_task(f"{self.task}: timing", total=total)
-            advance: Callable[[], None] = lambda: progress.advance(where)  # noqa: E731
+        with terminal.progress() as progress:
+            task = progress.add_task(f"{self.task}: timing", total=len(self.runs) * (num_repeats + 1))
+            advance = partial(progress.advance, task)
             return interleaved_times(self.runs, torch.device("cpu"), num_repeats=num_repeats, on_run=advance)
 
     def table(self, times: Mapping[str, Sequence[float]]) -> Table:
         """A line for each implementation."""
-        result = Table(title=f"{self.task}, {self.shape}")
-        result.add_column("")
-        for column in ("median ms", f"{self.unit}/s", "ours faster by"):
-            result.add_column(column, justify="right")
-        result.add_column("")
+        columns = ("median ms", f"{self.unit}/s", "ours faster by")
+        result = terminal.table(f"{self.task}, {self.shape}", [""], columns, notes=True)
         ours = statistics.median(times[OURS])
         for name, seconds in times.items():
             median = statistics.median(seconds)

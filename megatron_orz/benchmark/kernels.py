@@ -1,6 +1,5 @@
 """Benchmarks the ops of `megatron_orz.ops`: each beside what else computes the same, in one run on one machine."""
 
-import json
 import multiprocessing
 import sys
 from collections.abc import Iterator
@@ -11,9 +10,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
-from megatron_orz.benchmark import environment, gae, head, report, value
+from megatron_orz import terminal
+from megatron_orz.benchmark import environment, gae, head, report, results, value
 from megatron_orz.benchmark.group import OURS, Finding, Findings, Group, Row
 from megatron_orz.benchmark.measure import Run, interleaved_times, peak_extra_bytes
 
@@ -106,26 +106,17 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
     """Prints a table for each task and shape; returns the path of the results file."""
     console = console or Console()
     device = torch.device(arguments.device)
-    results: dict[str, Any] = {"environment": environment.describe(device), "groups": []}
-    columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    content: dict[str, Any] = {"environment": environment.describe(device), "groups": []}
+    with terminal.progress() as progress:
         for spec in specs(arguments):
             group = spec.build()
             findings = measure(group, spec, arguments, progress)
             console.print(report.table(group, findings))
-            results["groups"].append(report.as_json(group, findings))
+            content["groups"].append(report.as_json(group, findings))
             del group
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    path = arguments.output or default_output(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    console.print(f"{path} has the figures")
-    return path
-
-
-def default_output(device: torch.device) -> Path:
-    return Path("bench", "results", f"{environment.slug(environment.device_name(device))}-kernels.json")
+    return results.write(arguments.output, "kernels", content, device, console)
 
 
 def measure(group: Group, spec: Spec, arguments: Arguments, progress: Progress) -> Findings:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_orz import terminal
 from megatron_orz.benchmark.countdown_work import StepTimes
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.report import VERDICTS
@@ -60,10 +61,8 @@ def table(loop: Loop) -> Table:
     )
     for name, why in loop.missing.items():
         caption += f"\n{name} is missing: {why.splitlines()[0]}"
-    result = Table(title=f"{loop.lengths} lengths, {loop.shape}", caption=caption, caption_justify="left")
-    result.add_column("")
-    for column in ("step s", "samples/s", "tokens/s", "ours faster by", "MFU", *PHASES):
-        result.add_column(column, justify="right")
+    columns = ("step s", "samples/s", "tokens/s", "ours faster by", "MFU", *PHASES)
+    result = terminal.table(f"{loop.lengths} lengths, {loop.shape}", [""], columns, caption=caption)
     for name in loop.rows:
         seconds, speed_up = loop.median_s(name), loop.speed_up(name)
         mfu = loop.median_of(name, "perf/mfu")

@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_orz import terminal
 from megatron_orz.benchmark.group import OURS, Finding, Findings, Group
 
 VERDICTS = {True: "pass", False: "miss", None: "not measured"}
@@ -11,13 +12,10 @@ VERDICTS = {True: "pass", False: "miss", None: "not measured"}
 
 def table(group: Group, findings: Findings) -> Table:
     """A line for each implementation; the floor and the targets below."""
-    result = Table(title=f"{group.task}, {group.shape}", caption=_caption(group, findings), caption_justify="left")
-    result.add_column("")
-    has_floor = findings.floor_s is not None
-    columns = ["min ms", "median ms", f"{OURS} is faster by", "extra MiB", "error"]
-    for column in columns[:2] + ["of floor"] * has_floor + columns[2:]:
-        result.add_column(column, justify="right")
-    result.add_column("")
+    of_floor = ["of floor"] if findings.floor_s is not None else []
+    columns = ["min ms", "median ms", *of_floor, f"{OURS} is faster by", "extra MiB", "error"]
+    title, caption = f"{group.task}, {group.shape}", _caption(group, findings)
+    result = terminal.table(title, [""], columns, notes=True, caption=caption)
     ours = findings.rows[OURS].min_s
     for name, finding in findings.rows.items():
         cells = [_format(finding.min_s, 1e3, ".1f"), _format(finding.median_s, 1e3, ".1f")]

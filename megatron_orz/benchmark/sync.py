@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -15,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from megatron_orz.benchmark import environment
+from megatron_orz import terminal
+from megatron_orz.benchmark import environment, results
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.benchmark.measure import Run, interleaved_times
 from megatron_orz.config import TransportKind
@@ -122,15 +121,13 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
     """Prints a table for each model; returns the path of the results file."""
     console = console or Console()
     device = torch.device(arguments.device)
-    results: dict[str, Any] = {
+    content: dict[str, Any] = {
         "environment": environment.describe(device),
         "arguments": asdict(arguments),
         "load_average": os.getloadavg(),
         "models": [],
     }
-    with Progress(
-        TextColumn("{task.description}"), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
+    with terminal.progress() as progress:
         for model in arguments.model:
             task = progress.add_task(f"{model}: starting the servers, then timing", total=None)
             weights = make_weights(SHAPES[model], getattr(torch, arguments.dtype), device)
@@ -138,15 +135,9 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
             progress.remove_task(task)
             num_bytes = sum(weight.nbytes for _, weight in weights)
             console.print(table(model, times, num_bytes, arguments))
-            results["models"].append({"model": model, "num_bytes": num_bytes, "times_s": times})
-    results["load_average_after"] = os.getloadavg()
-    path = arguments.output or Path(
-        "bench", "results", f"{environment.slug(environment.device_name(device))}-sync.json"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
-    console.print(f"{path} has the figures")
-    return path
+            content["models"].append({"model": model, "num_bytes": num_bytes, "times_s": times})
+    content["load_average_after"] = os.getloadavg()
+    return results.write(arguments.output, "sync", content, device, console)
 
 
 def measure(weights: Sequence[tuple[str, Tensor]], arguments: Arguments) -> dict[str, list[float]]:
@@ -177,10 +168,8 @@ def table(model: str, times: Mapping[str, Sequence[float]], num_bytes: int, argu
     best = max(shares[kind] for kind in arguments.transports)
     caption = f"target, at least {SHARE_OF_MEMCPY:.0%} of {MEMCPY} on a CPU: {best:.0%}"
     title = f"{model}, {num_bytes / 1e9:.2f} GB, {arguments.num_servers} server(s)"
-    result = Table(title=title, caption=caption if arguments.device == "cpu" else None, caption_justify="left")
-    result.add_column("")
-    for column in ("min s", "median s", "GB/s", f"of {MEMCPY}"):
-        result.add_column(column, justify="right")
+    columns = ("min s", "median s", "GB/s", f"of {MEMCPY}")
+    result = terminal.table(title, [""], columns, caption=caption if arguments.device == "cpu" else None)
     for name, seconds in times.items():
         speed = num_bytes / min(seconds) / 1e9
         cells = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{speed:.2f}", f"{shares[name]:.0%}"]

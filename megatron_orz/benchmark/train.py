@@ -13,10 +13,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_orz import terminal
 from megatron_orz.algorithms.losses import ClippedValueLoss, policy_loss
 from megatron_orz.benchmark import environment, results, workload
 from megatron_orz.benchmark.group import OURS
@@ -127,8 +128,7 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
     disable_progress_bar()  # transformers draws one for every model it loads
     groups = []
     with ExitStack() as stack:
-        columns = (TextColumn("{task.description}"), TimeElapsedColumn())
-        progress = stack.enter_context(Progress(*columns, console=Console(stderr=True), transient=True))
+        progress = stack.enter_context(terminal.progress())
         mesh = stack.enter_context(open_mesh(ParallelConfig(), seed=0))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         config = workload.model_config(arguments.model, num_layers=arguments.layers, vocab_size=arguments.vocabulary)

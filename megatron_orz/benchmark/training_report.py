@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from megatron_orz import terminal
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.report import VERDICTS
 from megatron_orz.engine.peak_flops import PeakFlops
@@ -75,11 +76,9 @@ def table(phase: Phase) -> Table:
         value = phase.speed_up(other)
         verdict = VERDICTS[None if value is None else value >= at_least]
         lines.append(f"target, at least {at_least:g} times as fast as {other}: {verdict}")
-    result = Table(title=f"{phase.task}, {phase.shape}", caption="\n".join(lines), caption_justify="left")
     parts = list(phase.rows[OURS].resident_bytes)
-    result.add_column("")
-    for column in ("median s", "tokens/s", "MFU", "ours faster by", *parts, "beyond"):
-        result.add_column(column, justify="right")
+    columns = ("median s", "tokens/s", "MFU", "ours faster by", *parts, "beyond")
+    result = terminal.table(f"{phase.task}, {phase.shape}", [""], columns, caption="\n".join(lines))
     for name, row in phase.rows.items():
         speed_up = phase.speed_up(name)
         cells = [f"{row.median_s:.3f}", f"{phase.tokens_per_s(row):,.0f}", f"{phase.mfu(row):.0%}"]

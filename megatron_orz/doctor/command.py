@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_orz import terminal
 from megatron_orz.command_line import read_command
 from megatron_orz.doctor.findings import Finding, Verdict, ill, well
 from megatron_orz.doctor.machine import DRIVER, check_machine
@@ -108,7 +109,7 @@ with open_fleet(fleet, SamplingConfig(max_response_tokens=16), model, run_dir=Pa
 
 def table(findings: Sequence[Finding], target: Target) -> Table:
     """A line for each finding."""
-    result = Table("", "found", "what it costs", "remedy", title=f"megatron_orz on {target}")
+    result = terminal.table(f"megatron_orz on {target}", ["", "found", "what it costs", "remedy"])
     for finding in findings:
         result.add_row(
             Text(finding.subject, style=COLOURS[finding.verdict]),

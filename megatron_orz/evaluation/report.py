@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -15,29 +14,28 @@ from megatron_orz.evaluation.published import PUBLISHED, published_name
 from megatron_orz.evaluation.records import ItemRecord
 from megatron_orz.evaluation.scores import Estimate
 from megatron_orz.evaluation.summary import Summary
+from megatron_orz.printable import printable
+from megatron_orz.terminal import table
 
 _SHOWN_CHARS = 300
 
 
 def score_table(summaries: Sequence[Summary]) -> Table:
     """A row for each score of each benchmark, in percent with its 95 % interval."""
-    table = Table("benchmark", "score", box=box.SIMPLE_HEAD, title="scores in percent")
-    for heading in ("value", "95 % interval", "items"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    result = table("scores in percent", ["benchmark", "score"], ["value", "95 % interval", "items"])
     for summary in summaries:
         for row, (name, score) in enumerate(summary.scores.items()):
             first, items = (escape(summary.name), str(summary.num_items)) if row == 0 else ("", "")
-            table.add_row(first, name, f"{100 * score.value:.1f}", _interval(score), items)
-    return table
+            result.add_row(first, name, f"{100 * score.value:.1f}", _interval(score), items)
+    return result
 
 
 def response_table(summaries: Sequence[Summary]) -> Table:
     """What the responses to each benchmark were like: shares in percent, mean length, comparisons out of time."""
-    table = Table("benchmark", box=box.SIMPLE_HEAD, title="responses")
-    for heading in ("each item", "with an answer", "cut short", "timed out", "mean tokens"):
-        table.add_column(heading, justify="right")
+    columns = ("each item", "with an answer", "cut short", "timed out", "mean tokens")
+    result = table("responses", ["benchmark"], columns)
     for summary in summaries:
-        table.add_row(
+        result.add_row(
             escape(summary.name),
             str(summary.num_responses),
             f"{100 * summary.format_share:.1f} %",
@@ -45,22 +43,21 @@ def response_table(summaries: Sequence[Summary]) -> Table:
             str(summary.timed_out),
             f"{summary.length_mean:.0f}",
         )
-    return table
+    return result
 
 
 def published_table(summaries: Sequence[Summary]) -> Table | None:
     """Our mean scores beside those of the paper, for the benchmarks that it has; None without any."""
-    known = [(summary, title) for summary in summaries if (title := published_name(summary.name)) is not None]
+    known = [(summary, name) for summary in summaries if (name := published_name(summary.name)) is not None]
     if not known:
         return None
-    table = Table("model", box=box.SIMPLE_HEAD, title="beside Open-Reasoner-Zero (mean of 16 samples, percent)")
-    for _, title in known:
-        table.add_column(title, justify="right")
+    title = "beside Open-Reasoner-Zero (mean of 16 samples, percent)"
+    result = table(title, ["model"], [name for _, name in known])
     means = [next(iter(summary.scores.values())) for summary, _ in known]
-    table.add_row("this model", *(f"{100 * mean.value:.1f} {_interval(mean)}" for mean in means), style="bold")
+    result.add_row("this model", *(f"{100 * mean.value:.1f} {_interval(mean)}" for mean in means), style="bold")
     for model, results in PUBLISHED.items():
-        table.add_row(model, *(f"{results[title]:.1f}" for _, title in known))
-    return table
+        result.add_row(model, *(f"{results[name]:.1f}" for _, name in known))
+    return result
 
 
 def wrong_items(records: Sequence[ItemRecord], *, limit: int) -> Group:
@@ -71,13 +68,12 @@ def wrong_items(records: Sequence[ItemRecord], *, limit: int) -> Group:
 
 def comparison_table(comparisons: Sequence[Comparison]) -> Table:
     """A row for each benchmark: both scores, their difference, and the items that flipped."""
-    table = Table("benchmark", box=box.SIMPLE_HEAD, title="second against first, in percent")
-    for heading in ("items", "first", "second", "change", "flips", "p"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    columns = ("items", "first", "second", "change", "flips", "p")
+    result = table("second against first, in percent", ["benchmark"], columns)
     for comparison in comparisons:
         unmatched = f" ({comparison.num_unmatched} unmatched)" if comparison.num_unmatched else ""
         difference = comparison.difference
-        table.add_row(
+        result.add_row(
             escape(comparison.name),
             f"{comparison.num_items}{unmatched}",
             f"{100 * comparison.first:.1f}",
@@ -86,7 +82,7 @@ def comparison_table(comparisons: Sequence[Comparison]) -> Table:
             f"+{len(comparison.gained)} -{len(comparison.lost)}",
             f"{comparison.p_value:.2g}",
         )
-    return table
+    return result
 
 
 def flipped_items(comparison: Comparison, *, limit: int) -> Group:
@@ -111,17 +107,12 @@ def _item(record: ItemRecord) -> list[Text]:
     wrong = next((response for response in record.responses if not response.reward), None)
     if wrong is not None:
         end = "..." if len(wrong.text) > _SHOWN_CHARS else ""
-        lines.append(Text(f"{end}{_printable(wrong.text[-_SHOWN_CHARS:])} [{wrong.finish_reason}]", style="dim"))
+        lines.append(Text(f"{end}{printable(wrong.text[-_SHOWN_CHARS:])} [{wrong.finish_reason}]", style="dim"))
     return lines
 
 
 def _short(text: str, limit: int) -> str:
-    return _printable(text if len(text) <= limit else text[: limit - 3] + "...")
-
-
-def _printable(text: str) -> str:
-    """The text without the control characters with which a model could take over a terminal."""
-    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
+    return printable(text if len(text) <= limit else text[: limit - 3] + "...")
 
 
 def _interval(score: Estimate, sign: str = "") -> str:

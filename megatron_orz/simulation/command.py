@@ -10,8 +10,8 @@ from pathlib import Path
 
 import tyro
 from rich.console import Console
-from rich.progress import Progress
 
+from megatron_orz import terminal
 from megatron_orz.simulation.course import Course, Setting, simulate
 from megatron_orz.simulation.measured import measured_profile
 from megatron_orz.simulation.profile import Profile
@@ -105,7 +105,7 @@ def simulate_all(profile: Profile, arguments: Arguments) -> dict[int, list[Outco
         max_staleness=arguments.max_staleness, oversampling=arguments.oversampling, colocated=arguments.colocated
     )
     outcomes: dict[int, list[Outcome]] = {gpus: [] for gpus in arguments.gpus}
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with terminal.progress() as progress:
         task = progress.add_task("simulating", total=len(outcomes) * len(compared))
         for gpus, mode in product(outcomes, compared):
             progress.update(task, description=f"{gpus} GPUs, {mode.name}")

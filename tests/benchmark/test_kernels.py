@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
 from megatron_orz.benchmark import gae, head, kernels, value
 from megatron_orz.benchmark.group import OURS, Finding, Findings, Group, Row, faster_than, share_of_floor, smaller_than
@@ -89,7 +90,7 @@ def test_rows_that_fail_or_compute_something_else_are_not_timed() -> None:
     }
     group = Group("task", "shape", rows, {"absent": "not installed"}, limits={"loss": 0.1}, our_limits={"loss": 0.1})
     spec = next(kernels.specs(TINY))
-    with kernels.Progress(disable=True) as progress:
+    with Progress(disable=True) as progress:
         findings = kernels.measure(group, spec, TINY, progress).rows
     assert {name: len(finding.times_s) for name, finding in findings.items()} == {
         OURS: 2, "theirs, too large": 0, "theirs, wrong": 0, "theirs, nan": 0, "theirs, broken": 0, "absent": 0

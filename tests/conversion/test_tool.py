@@ -58,7 +58,7 @@ def test_inspect_lists_both_forms(
         ("megatron", "decoder.layers.3.self_attention.linear_qkv.weight", "bfloat16"),
     ):
         assert convert(monkeypatch, "inspect", "--input", tmp_path / form) == 0
-        lines = capsys.readouterr().out.splitlines()
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
         (line,) = [line for line in lines if line.startswith(f"{name} ")]
         assert dtype in line
         assert line.endswith("[64, 64]" if form == "hf" else "[128, 64]")
