@@ -64,7 +64,7 @@ def test_what_a_user_can_mend_is_said_before_any_run(
 def test_the_sets_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert in_process(monkeypatch, "--list") == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert "penalty --kl.coefficient 0.05 --kl.estimator k1 --kl.place reward".split() in rows
+    assert ["penalty", "--kl.coefficient", "0.05", "--kl.estimator", "k1", "--kl.place", "reward"] in rows
 
 
 def test_finished_runs_are_drawn_and_those_of_another_recipe_refused(
