@@ -18,11 +18,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import tyro
 from rich.console import Console
 
 from megatron_orz.benchmark import compare, end_to_end, kernels, packing, rewards, summary, sync, train
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 
 WIDTH = 140
 """Columns of what goes into a file."""
@@ -41,9 +40,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
 
 def main() -> None:
     with plain_errors():
-        arguments: Any = tyro.extras.subcommand_cli_from_dict(
-            {name: of_command for name, (of_command, _) in COMMANDS.items()}, description=__doc__
-        )
+        arguments: Any = read_command({name: of_command for name, (of_command, _) in COMMANDS.items()})
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
         (run,) = (run for of_command, run in COMMANDS.values() if isinstance(arguments, of_command))
         run(arguments, console)

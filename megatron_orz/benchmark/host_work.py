@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_orz.benchmark import environment, results
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.measure import Run, interleaved_times
 
@@ -57,6 +59,19 @@ class HostTask:
         for name in self.notes.keys() - times.keys():
             result.add_row(name, "", "", "", escape(self.notes[name]))
         return result
+
+    def publish(
+        self, times: Mapping[str, Sequence[float]], arguments: Mapping[str, Any], output: Path | None, console: Console
+    ) -> Path:
+        """Prints the table and writes the file of figures, whose path it returns."""
+        console.print(self.table(times))
+        device = torch.device("cpu")
+        content = {
+            "environment": environment.describe(device),
+            "arguments": dict(arguments),
+            "groups": [self.as_json(times)],
+        }
+        return results.write(output, self.task, content, device, console)
 
     def as_json(self, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         """With the derived figures."""
