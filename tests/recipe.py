@@ -51,8 +51,8 @@ if __name__ == "__main__":
 """
 
 
-def fill_home(home: Path) -> None:
-    """Writes the recipe, with a model and data, and what is wrong with other models and data."""
+def write_home(home: Path) -> None:
+    """Writes the recipe, with a model and data."""
     (home / "recipe.py").write_text(RECIPE)
     tokenizer = build_tokenizer()
     tiny.save_model(home / "model", vocab_size=len(tokenizer))
@@ -61,6 +61,10 @@ def fill_home(home: Path) -> None:
     write_problems(home / "train.jsonl", train)
     write_problems(home / "held_out.jsonl", held_out)
 
+
+def fill_home(home: Path) -> None:
+    """`write_home`, and what is wrong with other models and data."""
+    write_home(home)
     for name in ("no_tokenizer", "no_weights", "damaged_tokenizer", "other_tokenizer", "gpt2"):
         shutil.copytree(home / "model", home / name)
     for file in (home / "no_tokenizer").glob("tokenizer*"):
@@ -74,7 +78,7 @@ def fill_home(home: Path) -> None:
     (home / "other_tokenizer" / "tokenizer.json").write_text(json.dumps(other))
     (home / "gpt2" / "config.json").write_text('{"model_type": "gpt2"}')
     tiny.save_model(home / "small_vocabulary")
-    tokenizer.save_pretrained(home / "small_vocabulary")
+    build_tokenizer().save_pretrained(home / "small_vocabulary")
     (home / "empty.jsonl").write_text("\n")
     (home / "malformed.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"question": "1+2", "ans\n')
     (home / "columns.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')

@@ -23,6 +23,7 @@ from megatron_orz.benchmark import countdown, environment, results, workload
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.loop_report import Loop, as_json, table
+from megatron_orz.benchmark.options import check_positive
 from megatron_orz.benchmark.trl_trainer import run_trl
 from megatron_orz.config import (
     CheckpointConfig,
@@ -91,9 +92,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.num_steps <= NUM_WARM_UP:
             raise ValueError(f"num_steps is {self.num_steps}; the first does not count, so give at least 2")
-        for name in ("num_prompts", "prompt_tokens", "max_pack_tokens", "trl_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        check_positive(self, "num_prompts", "prompt_tokens", "max_pack_tokens", "trl_rows")
         for name in ("response_tokens", "longest"):
             if not 2 <= getattr(self, name) <= countdown.MAX_NUMBER:
                 raise ValueError(

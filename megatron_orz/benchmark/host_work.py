@@ -6,13 +6,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from megatron_orz import terminal
+from megatron_orz.benchmark import environment, results
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.measure import Run, interleaved_times
 
@@ -52,6 +55,19 @@ class HostTask:
         for name in self.notes.keys() - times.keys():
             result.add_row(name, "", "", "", escape(self.notes[name]))
         return result
+
+    def publish(
+        self, times: Mapping[str, Sequence[float]], arguments: Mapping[str, Any], output: Path | None, console: Console
+    ) -> Path:
+        """Prints the table and writes the file of figures, whose path it returns."""
+        console.print(self.table(times))
+        device = torch.device("cpu")
+        content = {
+            "environment": environment.describe(device),
+            "arguments": dict(arguments),
+            "groups": [self.as_json(times)],
+        }
+        return results.write(output, self.task, content, device, console)
 
     def as_json(self, times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
         """With the derived figures."""

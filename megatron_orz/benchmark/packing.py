@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from megatron_orz.benchmark import environment, results, workload
+from megatron_orz.benchmark import workload
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.host_work import HostTask
 from megatron_orz.benchmark.measure import Run
+from megatron_orz.benchmark.options import check_positive
 from megatron_orz.benchmark.workload import Lengths
 from megatron_orz.data.packing import pack
 from megatron_orz.types import Rollout
@@ -50,24 +51,16 @@ class Arguments:
     """Where the figures go; by default bench/results/<device>-packing.json."""
 
     def __post_init__(self) -> None:
-        for name in ("num_sequences", "prompt_tokens", "max_response_tokens", "padded_rows", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        check_positive(self, "num_sequences", "prompt_tokens", "max_response_tokens", "padded_rows", "repeats")
         if self.prompt_tokens + self.max_response_tokens > self.max_pack_tokens:
             raise ValueError(f"max_pack_tokens {self.max_pack_tokens} is less than the longest sequence; raise it")
 
 
 def run(arguments: Arguments, console: Console | None = None) -> Path:
     """Prints the table; returns the path of the results file."""
-    console = console or Console()
     task = host_task(arguments)
     times = task.measure(arguments.repeats)
-    console.print(task.table(times))
-    device = torch.device("cpu")
-    content = {
-        "environment": environment.describe(device), "arguments": asdict(arguments), "groups": [task.as_json(times)]
-    }  # fmt: skip
-    return results.write(arguments.output, "packing", content, device, console)
+    return task.publish(times, asdict(arguments), arguments.output, console or Console())
 
 
 def host_task(arguments: Arguments) -> HostTask:

@@ -8,13 +8,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from megatron_orz.benchmark import environment, results
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.host_work import HostTask
 from megatron_orz.benchmark.measure import Run
+from megatron_orz.benchmark.options import check_positive
 from megatron_orz.rewards.math_answer import Response
 from megatron_orz.rewards.verifiers import AnswerVerifier
 
@@ -43,26 +42,18 @@ class Arguments:
     """Where the figures go; by default bench/results/<device>-rewards.json."""
 
     def __post_init__(self) -> None:
-        for name in ("num_responses", "num_workers", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        check_positive(self, "num_responses", "num_workers", "repeats")
         if not 0 <= self.integer_share <= 1:
             raise ValueError(f"integer_share {self.integer_share} is no share; give a number from 0 to 1")
 
 
 def run(arguments: Arguments, console: Console | None = None) -> Path:
     """Prints the table; returns the path of the results file. Raises RuntimeError where the verdicts differ."""
-    console = console or Console()
     items = make_responses(arguments, seed=0)
     with AnswerVerifier(num_workers=arguments.num_workers) as verifier:
         task = host_task(items, verifier, arguments)
         times = task.measure(arguments.repeats)
-    console.print(task.table(times))
-    device = torch.device("cpu")
-    content = {
-        "environment": environment.describe(device), "arguments": asdict(arguments), "groups": [task.as_json(times)]
-    }  # fmt: skip
-    return results.write(arguments.output, "rewards", content, device, console)
+    return task.publish(times, asdict(arguments), arguments.output, console or Console())
 
 
 def host_task(items: Sequence[Response], verifier: AnswerVerifier, arguments: Arguments) -> HostTask:

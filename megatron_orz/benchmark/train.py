@@ -22,6 +22,7 @@ from megatron_orz.algorithms.losses import ClippedValueLoss, policy_loss
 from megatron_orz.benchmark import environment, results, workload
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.measure import interleaved_times, peak_bytes_of_warm
+from megatron_orz.benchmark.options import check_positive
 from megatron_orz.benchmark.training_report import Phase, Row, as_json, table
 from megatron_orz.benchmark.transformers_trainer import TransformersTrainer, packed_rows, padded_rows
 from megatron_orz.benchmark.workload import Lengths, ModelName
@@ -91,9 +92,7 @@ class Arguments:
                 f"device is {self.device}, but the trainer uses CUDA where and only where there is one; "
                 "set it to the other, or hide the GPUs with CUDA_VISIBLE_DEVICES="
             )
-        for name in ("repeats", "num_sequences", "prompt_tokens", "max_response_tokens", "padded_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give at least 1")
+        check_positive(self, "repeats", "num_sequences", "prompt_tokens", "max_response_tokens", "padded_rows")
         longest = self.prompt_tokens + self.max_response_tokens
         if longest > self.max_pack_tokens:
             raise ValueError(

@@ -44,7 +44,7 @@ def micro_batches(batches: Sequence[Batch], mesh: Mesh, *, dtype: torch.dtype) -
     dtype: that of the activations.
     """
     num_fillers = -len(batches) % mesh.pp if mesh.config.vpp > 1 else 0
-    fillers = [_without_loss(batches[0], mesh.pack_multiple)] * num_fillers
+    fillers = [_without_loss(batches[0], mesh.pack_multiple) for _ in range(num_fillers)]
     return [_micro_batch(batch.to(mesh.device), mesh, dtype) for batch in [*batches, *fillers]]
 
 

@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
-from megatron_orz.command_line import CHOICES_OF_DEFAULTS
+from megatron_orz.command_line import parse
 from megatron_orz.config import Config
 
 _DRY_RUN_TIMEOUT_S = 600
@@ -32,7 +30,7 @@ def read_recipe(recipe: Path, arguments: Sequence[str]) -> Config:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            return tyro.cli(Config, args=list(arguments), default=config, config=CHOICES_OF_DEFAULTS)
+            return parse(config, arguments)
     except SystemExit as error:
         words = " ".join(arguments)
         raise ValueError(f"{recipe} does not take {words}; correct it:\n{said.getvalue().strip()}") from error

@@ -136,9 +136,9 @@ class _Batch:
         place = self._slots, self._num_drawn
         self._last = draw(log_probs, self._uniforms[place].to(log_probs.device))
         self._lengths = self._lengths + 1
-        self._log_probs[place] = log_probs.gather(-1, self._last[:, None]).squeeze(-1).cpu()
+        self._log_probs[place] = drawn = log_probs.gather(-1, self._last[:, None]).squeeze(-1).cpu()
         self._tokens[place] = tokens = self._last.cpu()
-        if self._log_probs[place].isnan().any():
+        if drawn.isnan().any():
             raise RuntimeError("the model's logits are not numbers (NaN): its weights have diverged")
         self._num_drawn = self._num_drawn + 1
 

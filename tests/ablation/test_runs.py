@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,19 @@ def run(tmp_path: Path) -> Run:
     run = plan.of("kl-loss")[0]
     checkpoint = replace(run.config.checkpoint, grace_s=0.5)
     return replace(run, config=replace(run.config, checkpoint=checkpoint))
+
+
+def children() -> set[psutil.Process]:
+    """Processes under this one that live."""
+    return {child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE}
+
+
+@pytest.fixture
+def nothing_stays() -> Iterator[None]:
+    """The test leaves no process behind; a worker of earlier tests may live on."""
+    before = children()
+    yield
+    assert children() - before == set()
 
 
 def made(run: Run, program: str, *, timeout_s: float = 60.0, on_steps: list[int] | None = None) -> str | None:
@@ -64,6 +78,7 @@ def test_steps_are_counted_while_the_run_goes_on(run: Run) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", IGNORE], ids=["obeys", "ignores SIGTERM"])
+@pytest.mark.usefixtures("nothing_stays")
 def test_a_run_past_its_time_is_ended(run: Run, prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "KILL_S", 2.0)
     start = time.monotonic()
@@ -71,20 +86,15 @@ def test_a_run_past_its_time_is_ended(run: Run, prefix: str, monkeypatch: pytest
     assert reason is not None
     assert reason.startswith("stopped after 3 s; raise --run-timeout-s")
     assert time.monotonic() - start < 60
-    assert children() == []
 
 
+@pytest.mark.usefixtures("nothing_stays")
 def test_an_interrupt_ends_the_run_first(run: Run) -> None:
     def interrupt(num_steps: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         make(run, [sys.executable, "-c", SLEEP], timeout_s=60, on_steps=interrupt)
-    assert children() == []
-
-
-def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_several_ranks_are_started_by_torchrun(run: Run) -> None:
