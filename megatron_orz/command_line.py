@@ -53,6 +53,12 @@ def read_command(commands: Any, arguments: Sequence[str] | None = None) -> Any:
     return tyro.cli(commands, args=arguments, description=_description())
 
 
+def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before the first `--`, and after it: a tool's own words, and those of the recipe that it starts."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return list(arguments[:place]), list(arguments[place + 1 :])
+
+
 def _description() -> str | None:
     """How help begins: with the docstring of the program, which holds examples, each on a line of its own."""
     docstring = sys.modules["__main__"].__doc__

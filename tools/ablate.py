@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,14 +24,15 @@ from rich.progress import Progress
 
 from megatron_orz import terminal
 from megatron_orz.ablation.pictures import draw
-from megatron_orz.ablation.plan import Plan, Run, check, check_directories, load_recipe, make_plan
+from megatron_orz.ablation.plan import Plan, Run, check, check_directories, make_plan
 from megatron_orz.ablation.report import as_json, markdown
 from megatron_orz.ablation.results import read_results, read_run
 from megatron_orz.ablation.runs import command, make
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.benchmark.environment import describe
-from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.command_line import plain_errors, read_command, split_options
 from megatron_orz.evaluation.records import write_json
+from megatron_orz.recipe_file import read_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def main() -> None:
             return
         if arguments.steps is not None:
             options = [*options, "--ppo.num-steps", str(arguments.steps)]
-        recipe = load_recipe(arguments.recipe)
+        recipe = read_recipe(arguments.recipe)
         plan = make_plan(recipe, sets=arguments.sets, seeds=arguments.seeds, output=arguments.output, options=options)
         failures = {} if arguments.draw_only else make_all(plan, arguments)
         check_directories(plan)
@@ -87,12 +87,6 @@ def main() -> None:
             raise ValueError(f"{arguments.output} holds no finished run of these sets; leave --draw-only out")
         if failures:
             raise RuntimeError("; ".join(f"{name} failed: {reason}" for name, reason in failures.items()))
-
-
-def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before the first `--` and after it."""
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    return list(arguments[:place]), list(arguments[place + 1 :])
 
 
 def show_sets() -> None:

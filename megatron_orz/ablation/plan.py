@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import runpy
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -64,16 +63,6 @@ class Plan:
     def of(self, name: str) -> list[Run]:
         """The runs of this name, by seed."""
         return sorted((run for run in self.runs if run.name == name), key=lambda run: run.seed)
-
-
-def load_recipe(path: Path) -> Config:
-    """The `RECIPE` of a recipe's file. Raises ValueError where there is none."""
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; set --recipe to a recipe such as examples/demo.py")
-    recipe = runpy.run_path(str(path)).get("RECIPE")
-    if not isinstance(recipe, Config):
-        raise ValueError(f"{path} has no RECIPE, a Config; set --recipe to a recipe such as examples/demo.py")
-    return recipe
 
 
 def make_plan(

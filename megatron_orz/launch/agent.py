@@ -22,17 +22,15 @@ from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Any
 
-import tyro
-
 from megatron_orz.checkpoint.preemption import REQUEUE
-from megatron_orz.command_line import INTERRUPTED, USER_ERROR, plain_errors
+from megatron_orz.command_line import INTERRUPTED, USER_ERROR, plain_errors, read_command, split_options
 from megatron_orz.launch.job import Role
 from megatron_orz.launch.lock import job_lock
 from megatron_orz.launch.node import Node, check_equal, choose_ports, node_address, node_name
 from megatron_orz.launch.notices import NodeError, Notices
 from megatron_orz.launch.processes import END, Process, ProcessGroup, Signals
-from megatron_orz.launch.recipe import read_recipe
 from megatron_orz.launch.servers import Share, check_answers, notice_of, run_servers
+from megatron_orz.recipe_file import read_recipe
 from megatron_orz.rollout.token import TOKEN_VARIABLE
 
 ATTEMPT, NODE_RANK = "ORZ_ATTEMPT", "ORZ_NODE_RANK"
@@ -228,13 +226,13 @@ class Agent:
 
 def main(words: Sequence[str]) -> int:
     """The command line; what is behind `--` is the recipe's."""
-    end = words.index("--") if "--" in words else len(words)
-    arguments = tyro.cli(Arguments, args=list(words[:end]))
+    own, recipe = split_options(words)
+    arguments = read_command(Arguments, own)
     with plain_errors(), Signals() as signals:
-        if not words[end + 1 :]:
+        if not recipe:
             raise ValueError("no recipe is named behind --; give its path, and its options after it")
         try:
-            agent = Agent(arguments, words[end + 1 :], signals)
+            agent = Agent(arguments, recipe, signals)
             return agent.train() if arguments.role == "trainer" else agent.serve()
         except Stopped:
             print("stopped by a signal before the ranks were started", flush=True)

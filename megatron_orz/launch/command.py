@@ -1,15 +1,4 @@
-"""Starts a recipe on this machine, on a SLURM cluster or on a Ray cluster. docs/launch.md tells more.
-
-python tools/launch.py examples/demo.py --local                                           # this machine
-python tools/launch.py examples/orz_0p5b.py --slurm --nodes 1 --partition h100             # one node, servers beside
-python tools/launch.py examples/orz_7b.py --slurm --nodes 4 --server-nodes 2               # two train, two generate
-python tools/launch.py examples/orz_7b.py --slurm --nodes 4 --server-nodes 2 --server-partition l40s   # of two kinds
-python tools/launch.py examples/orz_7b.py --slurm --nodes 4 --server-nodes 2 --dry-run     # print the batch script
-python tools/launch.py examples/orz_7b.py --ray --nodes 4 --server-nodes 2                 # on a Ray cluster
-python tools/launch.py examples/demo.py --local -- --ppo.num-steps 10                      # options of the recipe
-
-What is behind `--` goes to the recipe. A job that a signal stops is started again, and goes on from its checkpoint.
-"""
+"""`tools/launch.py`: from its command line to a run on this machine, or to a job."""
 
 from __future__ import annotations
 
@@ -20,15 +9,16 @@ from typing import Annotated
 
 import tyro
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command, split_options
 from megatron_orz.config import Config
 from megatron_orz.config.checks import require
 from megatron_orz.launch.job import Nodes, Role, state_dir
 from megatron_orz.launch.local import agent_command, check_machine, run_local
 from megatron_orz.launch.lock import check_unlocked
 from megatron_orz.launch.node import visible_gpus
-from megatron_orz.launch.recipe import check_whole, read_recipe
+from megatron_orz.launch.recipe import check_whole
 from megatron_orz.launch.slurm import SlurmOptions, render, submit
+from megatron_orz.recipe_file import read_recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +50,9 @@ class Arguments:
 
 def main(words: list[str]) -> int:
     """Returns the exit code of the run, or 0 once it is submitted."""
-    end = words.index("--") if "--" in words else len(words)
-    recipe_arguments = words[end + 1 :]
+    own, recipe_arguments = split_options(words)
     with plain_errors():
-        arguments = tyro.cli(Arguments, args=words[:end], description=__doc__)
+        arguments = read_command(Arguments, own)
         recipe, nodes = arguments.recipe, arguments.nodes
         if arguments.local and nodes.gpus_per_node is None:
             nodes = replace(nodes, gpus_per_node=len(visible_gpus()) // nodes.nodes)

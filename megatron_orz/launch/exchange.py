@@ -14,9 +14,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import tyro
 
-from megatron_orz.command_line import plain_errors
+from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.launch.node import node_name
 from megatron_orz.ranks import Ranks
 
@@ -91,7 +90,7 @@ def main() -> None:
     """Rank 0 prints what was measured."""
     torch.set_num_threads(1)
     with plain_errors():
-        line = exchange(tyro.cli(Arguments))
+        line = exchange(read_command(Arguments))
         if os.environ["RANK"] == "0":
             print(line, flush=True)
 

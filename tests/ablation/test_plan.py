@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_orz.ablation.plan import check, load_recipe, make_plan
+from megatron_orz.ablation.plan import check, make_plan
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.checks import check_models, read_data
 from megatron_orz.config import Config, EvaluationConfig, to_json
+from megatron_orz.recipe_file import read_recipe
 
-DEMO = load_recipe(Path("examples/demo.py"))
+DEMO = read_recipe(Path("examples/demo.py"))
 
 
 def test_sets_share_the_baseline_and_run_it_once(tmp_path: Path) -> None:
@@ -70,22 +71,22 @@ def test_what_makes_no_sense_is_refused(changes: dict[str, list[str]], sentence:
 
 
 def test_a_variant_that_the_recipe_cannot_be_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = load_recipe(Path("examples/orz_7b_grpo.py"))
+    recipe = read_recipe(Path("examples/orz_7b_grpo.py"))
     with pytest.raises(ValueError, match=r"gae-lambda 0\.95 cannot be made of this recipe"):
         make_plan(recipe, sets=["gae-lambda"], seeds=[0], output=tmp_path, options=[])
     assert "ppo.gae_lambda 0.95 needs the values of a critic" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_without_a_recipe_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="none is no file"):
-        load_recipe(Path("none"))
+    with pytest.raises(ValueError, match="there is no recipe none"):
+        read_recipe(Path("none"))
     (tmp_path / "empty.py").write_text("")
-    with pytest.raises(ValueError, match="has no RECIPE"):
-        load_recipe(tmp_path / "empty.py")
+    with pytest.raises(ValueError, match="is no recipe; set RECIPE in it"):
+        read_recipe(tmp_path / "empty.py")
 
 
 def test_models_data_and_layout_are_checked_before_the_first_run(home: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(home / "recipe.py")
+    recipe = read_recipe(home / "recipe.py")
     changed: dict[str, Config] = {
         "holds no config.json": replace(recipe, policy=replace(recipe.policy, path=home)),
         "nowhere.jsonl": replace(recipe, evaluation=EvaluationConfig(data=(home / "nowhere.jsonl",))),
@@ -101,7 +102,7 @@ def test_models_data_and_layout_are_checked_before_the_first_run(home: Path, tmp
 
 
 def test_a_directory_of_another_recipe_is_refused_and_one_of_fewer_steps_goes_on(home: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(home / "recipe.py")
+    recipe = read_recipe(home / "recipe.py")
     plan = make_plan(recipe, sets=["kl"], seeds=[0], output=tmp_path, options=[])
     run = plan.of("kl-loss")[0]
     run.config.run_dir.mkdir(parents=True)
@@ -118,7 +119,7 @@ def test_a_directory_of_another_recipe_is_refused_and_one_of_fewer_steps_goes_on
 
 
 def test_max_prompts_keeps_the_first_of_the_training_prompts(home: Path) -> None:
-    recipe = load_recipe(home / "recipe.py")
+    recipe = read_recipe(home / "recipe.py")
     tokenizer = check_models(recipe)
     few = replace(recipe, data=replace(recipe.data, max_prompts=7))
     assert read_data(few, tokenizer)[0] == read_data(recipe, tokenizer)[0][:7]

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from megatron_orz.ablation.pictures import draw
-from megatron_orz.ablation.plan import Plan, load_recipe, make_plan
+from megatron_orz.ablation.plan import Plan, make_plan
 from megatron_orz.ablation.report import as_json, markdown
 from megatron_orz.ablation.results import read_results, read_run
+from megatron_orz.recipe_file import read_recipe
 from tests.ablation.runs import rows_of, write_run
 
-DEMO = load_recipe(Path("examples/demo.py"))
+DEMO = read_recipe(Path("examples/demo.py"))
 T_2 = 4.3027
 """Student's t of two degrees of freedom, 95 %."""
 

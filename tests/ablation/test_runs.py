@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from megatron_orz.ablation import runs
-from megatron_orz.ablation.plan import Run, load_recipe, make_plan
+from megatron_orz.ablation.plan import Run, make_plan
 from megatron_orz.ablation.runs import command, log_path, make
+from megatron_orz.recipe_file import read_recipe
 
 IGNORE = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
 SLEEP = "import time; print('begun', flush=True); time.sleep(600)"
@@ -25,7 +26,7 @@ SLEEP = "import time; print('begun', flush=True); time.sleep(600)"
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     plan = make_plan(
-        load_recipe(Path("examples/demo.py")), sets=["kl"], seeds=[0], output=tmp_path / "output", options=[]
+        read_recipe(Path("examples/demo.py")), sets=["kl"], seeds=[0], output=tmp_path / "output", options=[]
     )
     run = plan.of("kl-loss")[0]
     checkpoint = replace(run.config.checkpoint, grace_s=0.5)

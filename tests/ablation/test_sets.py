@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from megatron_orz.ablation.plan import load_recipe, make_plan
+from megatron_orz.ablation.plan import make_plan
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.checkpoint.recipe import leaves
 from megatron_orz.command_line import parse
 from megatron_orz.config import Config, to_json
+from megatron_orz.recipe_file import read_recipe
 from tests.test_algorithms import documented
 
-DEMO = load_recipe(Path("examples/demo.py"))
+DEMO = read_recipe(Path("examples/demo.py"))
 
 # Set -> variant -> the fields that differ from the demo's, with their values.
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {

@@ -13,8 +13,9 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-from megatron_orz.ablation.plan import load_recipe, make_plan
+from megatron_orz.ablation.plan import make_plan
 from megatron_orz.logs import read_metrics
+from megatron_orz.recipe_file import read_recipe
 from tests.ablation.runs import rows_of, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +38,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["--sets", "kl", "lambda"], "--sets lambda is unknown; choose among algorithms, gae-lambda, kl"),
         (["--num-ranks", "0"], "--num-ranks 0 is not at least 1"),
         (["--run-timeout-s", "-1"], "--run-timeout-s -1 is not positive"),
-        (["--recipe", "none.py"], "none.py is no file"),
+        (["--recipe", "none.py"], "there is no recipe none.py"),
         (["--steps", "0"], "ppo.num_steps 0 is not at least 1"),
         (["--seeds", "0", "0"], "--seeds 0 0 names none, or one twice"),
         (["--sets", "kl", "--draw-only"], "holds no finished run of these sets; leave --draw-only out"),
@@ -72,7 +73,7 @@ def test_finished_runs_are_drawn_and_those_of_another_recipe_refused(
 ) -> None:
     recipe = home / "recipe.py"
     given = ["--recipe", str(recipe), "--sets", "gae-lambda", "--seeds", "0", "--output", str(tmp_path), "--draw-only"]
-    plan = make_plan(load_recipe(recipe), sets=["gae-lambda"], seeds=[0], output=tmp_path, options=[])
+    plan = make_plan(read_recipe(recipe), sets=["gae-lambda"], seeds=[0], output=tmp_path, options=[])
     for run in plan.runs:
         write_run(run, rows_of(run, (0.25, 0.5), score=plan.score))
     assert in_process(monkeypatch, *given) == 0

@@ -15,8 +15,8 @@ import pytest
 
 from megatron_orz.config import Config
 from megatron_orz.launch.job import AGENT, Nodes
-from megatron_orz.launch.recipe import read_recipe
 from megatron_orz.logs import read_metrics
+from megatron_orz.recipe_file import read_recipe
 from tests.faults.tiny_run import NUM_STEPS, write_recipe
 
 ROOT = Path(__file__).parents[2]
