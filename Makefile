@@ -41,7 +41,7 @@ test-slow: setup
 	$(RUN) -m pytest -m slow
 
 kernels-check: requirements
-	$(RUN) tools/check_kernels.py
+	PYTHONPATH=. $(RUN) tools/check_kernels.py
 
 benchmark: setup
 	for part in train end-to-end packing rewards kernels sync; do $(RUN) tools/benchmark.py $$part || exit 1; done

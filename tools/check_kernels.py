@@ -1,6 +1,7 @@
 """Compiles the CUDA kernels and tells what each costs a multiprocessor; needs nvcc, but no GPU.
 
 python tools/check_kernels.py
+python tools/check_kernels.py --archs 90
 
 Prints registers a thread, static shared memory a block and spilled bytes a thread, of every kernel on every
 architecture. Fails if a kernel does not compile, warns, or spills, or if the binding to torch does not compile against
@@ -10,14 +11,16 @@ this torch, which may be a CPU build. Cubins are left in build/kernels.
 import re
 import shutil
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-import tyro
+from rich.table import Table
 from torch.utils.cpp_extension import include_paths
+
+from megatron_orz import terminal
+from megatron_orz.command_line import plain_errors, read_command
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 
@@ -64,7 +67,12 @@ class Usage:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=__doc__)
+    with plain_errors():
+        check(read_command(Arguments))
+
+
+def check(arguments: Arguments) -> None:
+    """Prints the table. Raises RuntimeError for what does not compile, or spills."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         print("kernels-check skipped: there is no nvcc on PATH, so nothing was compiled; install the CUDA toolkit")
@@ -87,10 +95,10 @@ def main() -> None:
         parts = pool.map(compile_kernels, product(sorted(CUDA.glob("*.cu")), arguments.archs))
         usages = [usage for part in parts for usage in part]
         binding.result()
-    print(table(usages))
+    terminal.console().print(table(usages))
     spilling = [u for u in usages if u.spills > arguments.max_spill_bytes]
     if spilling:
-        sys.exit(f"{len(spilling)} kernels spill more than {arguments.max_spill_bytes} bytes")
+        raise RuntimeError(f"{len(spilling)} kernels spill more than {arguments.max_spill_bytes} bytes")
     num_kernels = len({(u.file, u.kernel) for u in usages})
     print(
         f"{num_kernels} kernels for {arguments.archs}, none with more than {arguments.max_spill_bytes} bytes of spills;"
@@ -99,10 +107,10 @@ def main() -> None:
 
 
 def compiler_report(command: list[str], source: Path) -> str:
-    """What the compiler says on stderr; exits with it if it fails."""
+    """What the compiler says on stderr. Raises RuntimeError with it if it fails."""
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_TIMEOUT_S)
     if result.returncode != 0:
-        raise SystemExit(f"{source.name} does not compile:\n{' '.join(command)}\n{result.stdout}{result.stderr}")
+        raise RuntimeError(f"{source.name} does not compile:\n{' '.join(command)}\n{result.stdout}{result.stderr}")
     return result.stderr
 
 
@@ -116,7 +124,7 @@ def parse_ptxas(report: str, file: str, arch: int) -> list[Usage]:
         name = re.search(r"'(\w+)'", part)
         registers = re.search(r"Used (\d+) registers", part)
         if name is None or registers is None:
-            raise SystemExit(f"ptxas reports {file} in an unknown form:\n{part}")
+            raise RuntimeError(f"ptxas reports {file} in an unknown form:\n{part}")
         shared = re.search(r"(\d+) bytes smem", part)
         spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", part))
         usages.append(Usage(file, readable(name[1]), arch, int(registers[1]), int(shared[1]) if shared else 0, spills))
@@ -133,21 +141,15 @@ def readable(mangled: str) -> str:
     return name.split("(")[0]
 
 
-def table(usages: list[Usage]) -> str:
+def table(usages: list[Usage]) -> Table:
     """A line for each kernel; registers, shared memory and spills as one column for each architecture."""
     archs = sorted({u.arch for u in usages})
-    rows = [["file", "kernel", *(f"sm_{arch} {what}" for what in ("registers", "shared", "spills") for arch in archs)]]
+    columns = [(what, arch) for what in ("registers", "shared", "spills") for arch in archs]
+    result = terminal.table(None, ["kernel", "file"], [f"sm_{arch} {what}" for what, arch in columns])
     for file, kernel in sorted({(u.file, u.kernel) for u in usages}):
         of_arch = {u.arch: u for u in usages if (u.file, u.kernel) == (file, kernel)}
-        cells = [str(getattr(of_arch[arch], what)) for what in ("registers", "shared", "spills") for arch in archs]
-        rows.append([file, kernel, *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+        result.add_row(kernel, file, *(str(getattr(of_arch[arch], what)) for what, arch in columns))
+    return result
 
 
 if __name__ == "__main__":

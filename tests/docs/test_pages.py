@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -16,6 +17,8 @@ from tests.source import ROOT, parsed, python_files, strings
 from tests.test_layers import EVERYTHING, MAY_IMPORT
 
 DOCS = ROOT / "docs"
+OTHER_HOSTS = {"semver.org"}
+"""Those the pages may link to: each was looked at when it was added, for a test cannot ask them."""
 PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
 
 
@@ -86,6 +89,35 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_picture_is_described(page: Path) -> None:
     pictures = re.findall(r"!\[([^\]]*)\]\(([^)\s]+)\)", page.read_text())
     assert [target for text, target in pictures if len(text.split()) < 4] == []
+
+
+def unsound_urls(text: str) -> list[str]:
+    """The URLs of a text that are neither https on a host that is known, nor examples: of this machine, or of `http://a`."""
+    found = []
+    for url in re.findall(r"\bhttps?:[^\s)>`\"']*", text):
+        parts = urlsplit(url)
+        is_example = (
+            parts.scheme == "http" and parts.hostname and ("." not in parts.hostname or is_loopback(parts.hostname))
+        )
+        if not is_example and (parts.scheme != "https" or parts.hostname not in OTHER_HOSTS or parts.port is not None):
+            found.append(url)
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    return re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_other_hosts_are_sound(page: Path) -> None:
+    assert unsound_urls(page.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    "url", ["http://semver.org", "https://semver.com/spec", "https:/semver.org", "https://semver.org:8443/", "https://"]
+)
+def test_an_unsound_link_is_found(url: str) -> None:
+    assert unsound_urls(f"See [the rules]({url}), and http://127.0.0.1:8000.") == [url]
 
 
 def test_files_named_in_the_pages_exist() -> None:
