@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -27,6 +26,7 @@ from rich.text import Text
 
 from megatron_orz import terminal
 from megatron_orz.alerts import Alerts
+from megatron_orz.closeable import Closeable
 from megatron_orz.config import RunConfig, to_json
 from megatron_orz.json_file import parse_json
 from megatron_orz.log_files import EventFile, LineFile
@@ -65,7 +65,7 @@ class LogPosition:
     """Length of metrics.jsonl up to there."""
 
 
-class RunLog:
+class RunLog(Closeable):
     """The log of one run. On every rank but the main one it only measures time.
 
     with RunLog(config.run_dir, num_steps=config.ppo.num_steps, is_main=rank == 0) as log:
@@ -224,14 +224,6 @@ class RunLog:
             with writing(self.run_dir):
                 self._metrics.close()
                 self._tensorboard.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def set_aside(run_dir: Path) -> Path | None:

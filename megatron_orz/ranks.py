@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_orz.closeable import Closeable
+
 # The other ranks wait for the one that works. Its own deadlines bound that wait, its death closes the sockets, which
 # ends it at once, and the watchdog sees to the rest: a deadline here would only cut a long generation short.
 _PATIENCE = timedelta(days=1)
@@ -20,7 +22,7 @@ class RemoteError(RuntimeError):
     """Another rank failed at what all ranks do together."""
 
 
-class Ranks:
+class Ranks(Closeable):
     """A gloo group over all trainer ranks, whatever the trainer's own groups run on.
 
     A single rank where torch.distributed is not initialised. Every method is collective, construction included.

@@ -57,7 +57,7 @@ def start_run(
     watchdog = stack.enter_context(Watchdog(config.run_dir, timeout_s=config.hang_timeout_s))
     mesh = stack.enter_context(open_mesh(config.parallel, seed=config.seed, deterministic=deterministic))
     stack.enter_context(watchdog.watching_peers())
-    ranks = stack.enter_context(contextlib.closing(Ranks()))
+    ranks = stack.enter_context(Ranks())
     is_main = ranks.rank == 0
     say = partial(print, flush=True)
     directory = stack.enter_context(open_run_directory(config, recipe, ranks, say, num_steps=num_steps))

@@ -9,16 +9,17 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 from matplotlib.figure import Figure
+
+from megatron_orz.closeable import Closeable
 
 TIMELINE_FILE = "timeline.json"
 TRACKS = ("trainer", "servers")
 
 
-class Timeline:
+class Timeline(Closeable):
     """Writes spans of two tracks; a context manager."""
 
     def __init__(self, path: Path) -> None:
@@ -65,14 +66,6 @@ class Timeline:
             raise RuntimeError(
                 f"cannot write {self._path}: {error.strerror or error}; free some space or change run_dir"
             ) from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_spans(path: Path) -> list[tuple[str, str, float, float]]:

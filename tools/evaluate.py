@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -241,7 +241,7 @@ def open_generation(command: Run, path: Path) -> Iterator[tuple[Generate, str]]:
         from megatron_orz.rollout.live import LiveServer
 
         timeout_s = command.fleet.request_timeout_s
-        with closing(LiveServer(command.server, command.sampling, request_timeout_s=timeout_s)) as server:
+        with LiveServer(command.server, command.sampling, request_timeout_s=timeout_s) as server:
             yield server.generate, f"{server.url}, version {server.weight_version()}"
         return
     from megatron_orz.rollout.fleet import open_fleet

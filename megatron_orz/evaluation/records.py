@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.types import AnswerKind, FinishReason
 
 RUN_FILE = "run.json"
@@ -55,7 +56,7 @@ class ItemRecord:
         return sum(response.reward for response in self.responses) / len(self.responses)
 
 
-class RecordFile:
+class RecordFile(Closeable):
     """The records of one benchmark, which an interrupted evaluation goes on with. A context manager.
 
     Raises ValueError for a file that holds something else.
@@ -83,10 +84,8 @@ class RecordFile:
             raise
         self.records.update((record.item, record) for record in new)
 
-    def __enter__(self) -> RecordFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """Closes the file, which holds every record already."""
         self._file.close()
 
 

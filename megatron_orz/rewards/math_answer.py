@@ -22,9 +22,9 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.types import FinishReason, Grade
 
 Response: TypeAlias = tuple[str, FinishReason, str]
@@ -112,7 +112,7 @@ def _number(answer: str) -> Decimal | None:
     return Decimal(answer) if _NUMBER.fullmatch(answer) else None
 
 
-class Verifier:
+class Verifier(Closeable):
     """Grades responses, with processes that start when the first answer needs one. A context manager."""
 
     def __init__(self, *, timeout_s: float = 5.0, num_workers: int = 2, memory_gib: float = 2.0) -> None:
@@ -121,14 +121,6 @@ class Verifier:
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends the processes, after the comparisons that are running."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from types import TracebackType
-from typing import Self
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.rewards.choice import grade_choice
 from megatron_orz.rewards.code import grade_code
 from megatron_orz.rewards.confinement import Limits
@@ -18,7 +17,7 @@ _CODE_MEMORY_GIB = 2.0
 _WALL_RATIO = 4.0
 
 
-class AnswerVerifier:
+class AnswerVerifier(Closeable):
     """Grades responses by the kind of their reference. Processes start when an answer needs one. A context manager.
 
     timeout_s: deadline of one comparison, and the processor time of a program in one test. Its wall time is longer, so
@@ -62,11 +61,3 @@ class AnswerVerifier:
         """Ends the processes, after the comparisons and the tests that are running."""
         self._programs.shutdown(cancel_futures=True)
         self._stack.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import httpx
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout.servers import DeadlineError, RefusedError, ServerError, UnreachableError
 from megatron_orz.rollout.token import authorization
@@ -59,7 +59,7 @@ class Answer:
     """(index of the first token, version of the weights) of every stretch of tokens that one version sampled."""
 
 
-class ServerClient(ABC):
+class ServerClient(Closeable):
     """A client of one server; a context manager. The subclasses know the schema of each kind of server.
 
     request_timeout_s: deadline of each generation request, from sending to the last byte.
@@ -193,14 +193,6 @@ class ServerClient(ABC):
             return [_rollout(answer, request) for answer in answers]
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise ServerError(f"{what} something else than responses: {error!r}") from error
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _rollout(answer: Answer, request: GenerationRequest) -> Rollout:

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import httpx
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.client import LIMITS, GenerationRequest
@@ -22,8 +23,8 @@ _CONTROL_TIMEOUT_S = 60.0
 _MAX_REQUESTS_IN_FLIGHT = 128
 
 
-class LiveServer:
-    """Generation by the first model that a server at `url` serves, whatever its name. To be closed.
+class LiveServer(Closeable):
+    """Generation by the first model that a server at `url` serves, whatever its name. A context manager.
 
     Raises ServerError when it cannot be reached, wants another token, or is no vLLM server that takes token ids.
     """

@@ -8,15 +8,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+
+from megatron_orz.closeable import Closeable
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception): .+")  # "ValueError: ...", after whatever a logger puts before it
 
 
-class SupervisedProcess:
+class SupervisedProcess(Closeable):
     """A command run under `supervisor.py`, its output at the end of a log file; a context manager that ends it.
 
     The supervisor has a session of its own: Ctrl-C in the terminal reaches the trainer, which then closes the server
@@ -66,11 +66,3 @@ class SupervisedProcess:
         if self.exit_code(wait_s=2 * _GRACE_S) is None:
             self._supervisor.kill()
             self._supervisor.wait(_GRACE_S)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import httpx
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.rollout.process import SupervisedProcess
 from megatron_orz.rollout.token import TOKEN_VARIABLE, server_token
 
@@ -62,7 +61,7 @@ class Launch:
     port: int
 
 
-class InferenceServer:
+class InferenceServer(Closeable):
     """A server process of this run, on a loopback port; a context manager that stops it with all its processes."""
 
     def __init__(self, launch: Launch, *, start_timeout_s: float, log_path: Path) -> None:
@@ -121,14 +120,6 @@ class InferenceServer:
 
     def _log(self) -> str:
         return f"{self.log_path}:\n{self._process.last_words()}"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def base_environment() -> dict[str, str]:

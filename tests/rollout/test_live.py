@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def test_prompts_go_in_as_tokens_and_siblings_come_back_in_order() -> None:
     advanced: list[int] = []
     prompts = make_prompts(3)
     with serving(server.answer) as url:
-        with closing(LiveServer(url + "/", SAMPLING, request_timeout_s=20.0)) as live:
+        with LiveServer(url + "/", SAMPLING, request_timeout_s=20.0) as live:
             rollouts = live.generate(prompts, num_responses=2, seed=5, on_rollout=lambda: advanced.append(1))
             client = live._client._http
         assert client.is_closed
