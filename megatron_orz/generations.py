@@ -8,7 +8,6 @@ prompts are left out, and counted.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_orz.types import FinishReason
+from megatron_orz.whole_file import whole_file
 
 GENERATIONS = "generations"
 MIB = 2**20
@@ -89,20 +89,15 @@ def generations_file(run_dir: Path, step: int) -> Path:
 def write_generations(generations: Sequence[Generation], path: Path, *, max_mib: float) -> int:
     """Writes as many of them as fit into `max_mib`, whole or not at all; returns how many were left out."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     num_written = 0
-    try:
-        with unfinished.open("wb") as file, _writer(file) as writer:
-            for group, first in enumerate(range(0, len(generations), ROWS_TOGETHER)):
-                table = _to_table(generations[first : first + ROWS_TOGETHER])
-                # Encoded and compressed, its rows take no more than they do in memory.
-                if file.tell() + table.nbytes + (group + 2) * GROUP_BYTES > max_mib * MIB:
-                    break
-                writer.write_table(table)
-                num_written += table.num_rows
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as file, _writer(file) as writer:
+        for group, first in enumerate(range(0, len(generations), ROWS_TOGETHER)):
+            table = _to_table(generations[first : first + ROWS_TOGETHER])
+            # Encoded and compressed, its rows take no more than they do in memory.
+            if file.tell() + table.nbytes + (group + 2) * GROUP_BYTES > max_mib * MIB:
+                break
+            writer.write_table(table)
+            num_written += table.num_rows
     return len(generations) - num_written
 
 

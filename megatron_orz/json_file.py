@@ -1,10 +1,12 @@
-"""JSON files that may hold anything."""
+"""JSON files: those that others wrote, which may hold anything, and our own."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+from megatron_orz.whole_file import whole_file
 
 
 def read_json(file: Path) -> Any:
@@ -14,6 +16,12 @@ def read_json(file: Path) -> Any:
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from error
     return parse_json(content, str(file))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with whole_file(file) as unfinished:
+        unfinished.write(json.dumps(value, indent=2).encode() + b"\n")
 
 
 def parse_json(content: bytes, place: str) -> Any:

@@ -32,6 +32,7 @@ from megatron_orz.json_file import parse_json
 from megatron_orz.log_files import EventFile, LineFile
 from megatron_orz.trackers import Trackers
 from megatron_orz.types import Metrics
+from megatron_orz.whole_file import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -119,13 +120,8 @@ class RunLog(Closeable):
         if not self._is_main:
             return
         path = self.run_dir / "config.json"
-        unfinished = path.with_suffix(".json.tmp")
-        try:
-            with writing(path):
-                unfinished.write_text(to_json(config))
-                unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with writing(path), whole_file(path) as file:
+            file.write(to_json(config).encode())
 
     def start_trackers(self, config: RunConfig) -> None:
         """Hands every later record to the trackers that the config names, too.

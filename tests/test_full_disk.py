@@ -28,7 +28,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(
         assert re.fullmatch(expected, sentence(said.splitlines()[-1]))
         assert "Traceback" not in said
         assert not list(disk.rglob("*final*"))
-        assert not list(disk.rglob("*.tmp"))
+        assert not list(disk.rglob("*.unfinished"))
         assert (disk / "run" / "metrics.jsonl").read_bytes()[-1:] in (b"", b"\n")
 
 

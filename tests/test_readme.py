@@ -116,6 +116,7 @@ def test_the_table_is_what_the_figures_give() -> None:
 
 SMALL = "--fleet.kind local --ppo.num-steps 2 --ppo.num-prompts 8 --ppo.num-responses 2 --evaluation.max-prompts 8"
 SEQUENCE = [
+    "examples/demo_base.py --num-epochs 0.1",
     f"examples/demo.py {SMALL}",
     f"examples/demo.py {SMALL} --fresh",
     "examples/demo.py --dry-run",
@@ -130,7 +131,7 @@ SEQUENCE = [
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_commands_work_one_after_another(tmp_path: Path) -> None:
-    """From nothing, with a short run in place of the demo's; tests/test_examples.py runs the demo itself."""
+    """From nothing, with short trainings in place of the demo's; tests/test_examples.py runs the demo itself."""
     for command in SEQUENCE:
         line = [sys.executable, *shlex.split(str(ROOT) + "/" + command)]
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=1800)

@@ -31,7 +31,7 @@ from megatron_orz.ablation.runs import command, make
 from megatron_orz.ablation.sets import SETS
 from megatron_orz.benchmark.environment import describe
 from megatron_orz.command_line import plain_errors, read_command, split_options
-from megatron_orz.evaluation.records import write_json
+from megatron_orz.json_file import write_json
 from megatron_orz.recipe_file import read_recipe
 
 

@@ -7,7 +7,6 @@ python tools/critic_report.py --critic critic --generations runs/demo/generation
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from megatron_orz.critic_analysis.contrast import CONFIDENCE, Contrast, contrast
 from megatron_orz.critic_analysis.page import contrast_cells, render_page
 from megatron_orz.critic_analysis.values import ValuedResponse, load_critic, value_responses
 from megatron_orz.generations import find_generations, read_generations
+from megatron_orz.whole_file import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,8 @@ def main() -> None:
                 facts=facts(arguments, responses),
                 max_tokens=arguments.max_tokens,
             )
-        write_whole(arguments.output, page)
+        with whole_file(arguments.output) as file:
+            file.write(page.encode(errors="replace"))
         console.print(table(compared))
         console.print(f"the page is {arguments.output}")
 
@@ -120,16 +121,6 @@ def table(compared: Sequence[Contrast]) -> Table:
     for contrast in compared:
         rows.add_row(*map(Text, contrast_cells(contrast)))
     return rows
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes the file, whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        unfinished.write_text(text, encoding="utf-8", errors="replace")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

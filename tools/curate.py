@@ -34,11 +34,12 @@ from megatron_orz.data.curation.pipeline import curate
 from megatron_orz.data.curation.report import write_report
 from megatron_orz.data.curation.rules import Rules
 from megatron_orz.data.curation.stage import Advance, Candidate, Stage, Verdict
-from megatron_orz.data.curation.store import Store, file_digest, write_atomically
+from megatron_orz.data.curation.store import Store, file_digest
 from megatron_orz.data.generators.catalogue import make
 from megatron_orz.data.prompts import resolve_template
 from megatron_orz.data.reading import data_files, read_problems
 from megatron_orz.rewards.math_answer import Verifier
+from megatron_orz.whole_file import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,7 +285,8 @@ def synthesize(command: Synthesize) -> None:
             lines.append(json.dumps({"question": problem.question, "answer": problem.answer}) + "\n")
             advance(1)
     command.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(command.output, lambda file: file.write("".join(lines).encode()))
+    with whole_file(command.output) as file:
+        file.write("".join(lines).encode())
     print(f"{len(lines):,} problems in {command.output}")
 
 

@@ -34,7 +34,6 @@ from megatron_orz.evaluation.records import (
     claim,
     read_json,
     read_records,
-    write_json,
 )
 from megatron_orz.evaluation.report import (
     comparison_table,
@@ -46,6 +45,7 @@ from megatron_orz.evaluation.report import (
 )
 from megatron_orz.evaluation.run import Generate, answer_items
 from megatron_orz.evaluation.summary import Summary, summarise
+from megatron_orz.json_file import write_json
 from megatron_orz.rewards.verifiers import AnswerVerifier
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from megatron_orz.checkpoint.store import CheckpointStore
 from megatron_orz.config import RunConfig
 from megatron_orz.logs import METRICS_FILE, set_aside, writing
 from megatron_orz.ranks import Ranks
+from megatron_orz.whole_file import whole_file
 
 FINISHED_FILE = "finished"
 """Holds the number of steps of a run that has done them all, and has left its final checkpoint."""
@@ -42,11 +43,9 @@ class RunDirectory:
 
     def mark_finished(self) -> None:
         """Notes, on the main rank, that all is done."""
-        file = self.path / FINISHED_FILE
-        with writing(file):
-            unfinished = file.with_name(f".{FINISHED_FILE}")
-            unfinished.write_text(f"{self.num_steps}\n")
-            unfinished.replace(file)
+        path = self.path / FINISHED_FILE
+        with writing(path), whole_file(path) as file:
+            file.write(f"{self.num_steps}\n".encode())
 
 
 @contextlib.contextmanager

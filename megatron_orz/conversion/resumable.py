@@ -6,7 +6,6 @@ names the finished files; whoever is asked for the same output again goes on aft
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 from filelock import FileLock, Timeout
 
-from megatron_orz.json_file import read_json
+from megatron_orz.json_file import read_json, write_json
 
 JOURNAL = "conversion.json"
 
@@ -96,9 +95,9 @@ def _write(
         with open(directory / file.name, "wb", buffering=0) as stream:
             finished[file.name] = file.write(stream, advance)
             os.fsync(stream.fileno())
-        _save(directory / JOURNAL, journal)
+        write_json(directory / JOURNAL, journal)
     finish(directory, finished)
-    _save(directory / JOURNAL, {"identity": identity})
+    write_json(directory / JOURNAL, {"identity": identity})
 
 
 def _journal(directory: Path) -> dict[str, Any]:
@@ -108,15 +107,6 @@ def _journal(directory: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return journal if isinstance(journal, dict) and isinstance(journal.get("finished", {}), dict) else {}
-
-
-def _save(file: Path, content: Mapping[str, Any]) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    with open(unfinished, "w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    unfinished.replace(file)
 
 
 def _check_space(directory: Path, num_bytes: int) -> None:

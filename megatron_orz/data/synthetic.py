@@ -11,7 +11,6 @@ after `<think>`:
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 from collections import Counter
@@ -21,6 +20,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from megatron_orz.whole_file import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,16 +130,9 @@ def write_conversations(path: Path, problems: Iterable[str], task: ArithmeticTas
 
 
 def _write_lines(path: Path, rows: Iterable[dict[str, str]]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row).encode() + b"\n")
 
 
 _WORDS = ("<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "User:", "Assistant:")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,6 +13,7 @@ from megatron_orz.data.forms import check_reference
 from megatron_orz.rewards.math_answer import Response
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.types import AnswerKind, FinishReason
+from megatron_orz.whole_file import whole_file
 
 CHUNK_ROWS = 1024
 
@@ -57,37 +57,30 @@ def grade_file(
     on_row: called with the bytes of every line that is done.
     """
     num_read = num_graded = num_correct = num_timed_out = 0
-    unfinished = target.with_name(target.name + ".tmp")
     if not source.is_file():
         raise ValueError(f"{source}: no such file; name a .jsonl file with response and answer")
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with source.open("rb") as lines, unfinished.open("w") as output:
-            numbered = enumerate(lines, start=1)
-            while chunk := list(islice(numbered, CHUNK_ROWS)):
-                rows: list[Row] = []
-                for number, line in chunk:
-                    if not line.strip():
-                        continue
-                    num_read += 1
-                    try:
-                        rows.append(_parse(line))
-                    except ValueError as error:
-                        fault = f"{source}: line {number}: {error}"
-                        if is_strict:
-                            raise ValueError(fault) from error
-                        on_fault(fault)
-                for row in _graded(rows, verifier, anywhere=anywhere):
-                    num_graded += 1
-                    num_correct += row["correct"]
-                    num_timed_out += row["timed_out"]
-                    output.write(json.dumps(row) + "\n")
-                on_row(sum(len(line) for _, line in chunk))
-            output.flush()
-            os.fsync(output.fileno())
-        unfinished.replace(target)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with source.open("rb") as lines, whole_file(target) as output:
+        numbered = enumerate(lines, start=1)
+        while chunk := list(islice(numbered, CHUNK_ROWS)):
+            rows: list[Row] = []
+            for number, line in chunk:
+                if not line.strip():
+                    continue
+                num_read += 1
+                try:
+                    rows.append(_parse(line))
+                except ValueError as error:
+                    fault = f"{source}: line {number}: {error}"
+                    if is_strict:
+                        raise ValueError(fault) from error
+                    on_fault(fault)
+            for row in _graded(rows, verifier, anywhere=anywhere):
+                num_graded += 1
+                num_correct += row["correct"]
+                num_timed_out += row["timed_out"]
+                output.write(json.dumps(row).encode() + b"\n")
+            on_row(sum(len(line) for _, line in chunk))
     return GradeReport(num_read=num_read, num_graded=num_graded, num_correct=num_correct, num_timed_out=num_timed_out)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_orz.closeable import Closeable
+from megatron_orz.json_file import write_json
 from megatron_orz.types import AnswerKind, FinishReason
 
 RUN_FILE = "run.json"
@@ -124,20 +125,6 @@ def claim(directory: Path, identity: Mapping[str, Any]) -> bool:
         listed = ", ".join(f"{name} ({held.get(name)!r}, not {identity.get(name)!r})" for name in different)
         raise ValueError(f"{directory} holds an evaluation with another {listed}; name another output directory")
     return True
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    try:
-        with unfinished.open("w") as file:
-            json.dump(value, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

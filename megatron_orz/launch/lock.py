@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from megatron_orz.json_file import write_json
+
 
 @contextlib.contextmanager
 def job_lock(state_dir: Path, *, attempt: str) -> Iterator[None]:
@@ -24,9 +26,7 @@ def job_lock(state_dir: Path, *, attempt: str) -> Iterator[None]:
     with _acquire(state_dir):
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         content = {"host": socket.gethostname(), "process": os.getpid(), "attempt": attempt, "since": since}
-        unfinished = owner.with_name(f".{owner.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(content) + "\n")
-        unfinished.replace(owner)
+        write_json(owner, content)
         try:
             yield
         finally:

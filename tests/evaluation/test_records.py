@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_orz.evaluation import records as module
-from megatron_orz.evaluation.records import RecordFile, claim, read_json, read_records, write_json
+from megatron_orz.evaluation.records import RecordFile, claim, read_json, read_records
+from megatron_orz.json_file import write_json
 from tests.evaluation.test_compare import record
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 from pyarrow import parquet
 
 from megatron_orz.data.curation.pipeline import Curation, Decision
-from megatron_orz.data.curation.store import write_atomically
+from megatron_orz.json_file import write_json
+from megatron_orz.whole_file import whole_file
 
 TRAIN, HARD, DECISIONS, SUMMARY = "train.jsonl", "hard.jsonl", "decisions.parquet", "summary.json"
 _EXCERPT_CHARS = 2000
@@ -26,9 +27,10 @@ def write_outputs(curation: Curation, directory: Path, *, is_hard: Callable[[int
     else:
         (directory / HARD).unlink(missing_ok=True)  # of an earlier run, on other data
     table = _table(curation.decisions)
-    write_atomically(directory / DECISIONS, lambda file: parquet.write_table(table, file, compression="zstd"))
+    with whole_file(directory / DECISIONS) as file:
+        parquet.write_table(table, file, compression="zstd")
     summary = summarise(curation)
-    write_atomically(directory / SUMMARY, lambda file: file.write(json.dumps(summary, indent=2).encode()))
+    write_json(directory / SUMMARY, summary)
     return summary
 
 
@@ -55,16 +57,13 @@ def summarise(curation: Curation) -> dict[str, Any]:
 
 def write_problems(path: Path, decisions: Sequence[Decision]) -> None:
     """JSONL that training reads: `question`, `answer`; and where each comes from."""
-
-    def write(file: IO[bytes]) -> None:
+    with whole_file(path) as file:
         for decision in decisions:
             candidate = decision.candidate
             row: dict[str, Any] = {"question": candidate.text, "answer": candidate.answer, "source": candidate.place}
             if decision.num_right is not None:
                 row |= {"num_right": decision.num_right}
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-    write_atomically(path, write)
 
 
 def read_decision(directory: Path, row: int) -> dict[str, Any]:

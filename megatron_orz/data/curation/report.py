@@ -13,7 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from megatron_orz.data.curation.outputs import summarise
 from megatron_orz.data.curation.pipeline import Curation, Decision
-from megatron_orz.data.curation.store import write_atomically
+from megatron_orz.whole_file import whole_file
 
 _NUM_SAMPLES = 5
 _SHOWN_CHARS = 600
@@ -24,7 +24,8 @@ def write_report(path: Path, curation: Curation, *, notes: Sequence[str]) -> Non
     page = _ENVIRONMENT.from_string(_PAGE).render(
         summary=summarise(curation), charts=_charts(curation), samples=_samples(curation), notes=notes
     )
-    write_atomically(path, lambda file: file.write(page.encode()))
+    with whole_file(path) as file:
+        file.write(page.encode())
 
 
 Chart = list[tuple[str, int]]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow
 from pyarrow import parquet
+
+from megatron_orz.whole_file import whole_file
 
 _KEY = b"key"
 
@@ -36,7 +36,8 @@ class Store:
         """Puts the table in place, whole or not at all."""
         self._path(name).parent.mkdir(parents=True, exist_ok=True)
         keyed = table.replace_schema_metadata({_KEY: key.encode()})
-        write_atomically(self._path(name), lambda file: parquet.write_table(keyed, file, compression="zstd"))
+        with whole_file(self._path(name)) as file:
+            parquet.write_table(keyed, file, compression="zstd")
 
     def _path(self, name: str) -> Path:
         return self.directory / f"{name}.parquet"
@@ -51,17 +52,3 @@ def file_digest(path: Path) -> str:
     """A key of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls `write` on a file beside `path`, which becomes `path` when it is complete and on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -226,6 +226,6 @@ def test_a_run_killed_at_any_write_ends_like_one_that_was_not(tmp_path: Path, mo
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         for path in output.rglob("*"):
-            assert path.is_dir() or path.suffix == ".partial" or path.read_bytes(), "no file is cut short"
+            assert path.is_dir() or path.suffix == ".unfinished" or path.read_bytes(), "no file is cut short"
         run(files, output)
         assert contents(output) == whole
