@@ -68,6 +68,7 @@ def train(config: Config) -> None:
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.assembly import build_models, in_turns, model_paths, with_options
+    from megatron_orz.memory import MemoryMeter
     from megatron_orz.performance import PerformanceMeter, RecordRollouts
     from megatron_orz.start import start_run
 
@@ -101,6 +102,9 @@ def train(config: Config) -> None:
         if isinstance(step_fleet, GenerationAhead):
             parts["ahead"] = step_fleet
         run.restore(parts)
+        memory = MemoryMeter(models.by_name(), ranks=ranks, device=mesh.device)
+        log.listen(memory.on_span)
+        log.include(memory.metrics)
         template = chat_template(config.data.template)
         step_end = StepEnd(
             config=config,
