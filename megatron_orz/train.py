@@ -91,7 +91,12 @@ def train(config: Config) -> None:
             models = build_models(config, mesh, num_prompts=len(prompts))
         reward = config.reward
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
-        grader = ResponseGrader(verifier, tokenizer, ranks)
+        grader = ResponseGrader(
+            verifier, tokenizer, ranks, num_threads=reward.num_workers, max_staleness=config.ppo.max_staleness
+        )
+        stack.callback(grader.close)
+        fleet.listen(grader.begin)
+        log.include(grader.metrics)
         stream = PromptStream(prompts, seed=config.seed, cursor=run.done.prompt_cursor)
         timeline = None
         if is_main and config.ppo.max_staleness:
