@@ -30,13 +30,14 @@ class Models:
     critic: CriticEngine | None
     reference: ReferenceEngine | None
 
+    def by_name(self) -> dict[str, PolicyEngine | CriticEngine]:
+        """Those that are there."""
+        named = {"policy": self.policy, "critic": self.critic, "reference": self.reference}
+        return {name: model for name, model in named.items() if model is not None}
+
     def parts(self) -> dict[str, Stateful]:
         """What a checkpoint holds of them, by name."""
-        named = {"policy": self.policy, "critic": self.critic, "reference": self.reference}
-        return {
-            "random": RandomState(self.policy.mesh.rank),
-            **{name: model for name, model in named.items() if model is not None},
-        }
+        return {"random": RandomState(self.policy.mesh.rank), **self.by_name()}
 
 
 def build_models(config: Config, mesh: Mesh, *, num_prompts: int) -> Models:

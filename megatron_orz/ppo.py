@@ -93,6 +93,7 @@ def run(
         metrics |= policy_metrics | experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
         metrics |= importance_metrics(experience, ranks, cap=ppo.importance_cap, level=ppo.importance_level)
         log.record(step, metrics | scores | speed(rollouts, start))
+        del rollouts, batches, inferred, experience, trained  # those of the next step need the room
         on_step_end(step + 1)
 
 

@@ -77,6 +77,7 @@ def train_supervised(config: SupervisedConfig) -> None:
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.engine.megatron_engine import PolicyEngine
     from megatron_orz.engine.random_state import RandomState
+    from megatron_orz.memory import MemoryMeter
     from megatron_orz.start import start_run
 
     with contextlib.ExitStack() as stack:
@@ -91,6 +92,9 @@ def train_supervised(config: SupervisedConfig) -> None:
             policy = PolicyEngine(model, mesh)
         parts: dict[str, Stateful] = {"random": RandomState(mesh.rank), "policy": policy}
         run.restore(parts)
+        memory = MemoryMeter({"policy": policy}, ranks=run.ranks, device=mesh.device)
+        log.listen(memory.on_span)
+        log.include(memory.metrics)
         stream = EpochStream(demonstrations, seed=config.seed, cursor=run.done.prompt_cursor)
         step_end = StepEnd(
             config=config,

@@ -68,6 +68,7 @@ def train(config: Config) -> None:
 
     # Importing megatron-core takes seconds: what can fail has failed by now.
     from megatron_orz.assembly import build_models, in_turns, model_paths, with_options
+    from megatron_orz.memory import MemoryMeter
     from megatron_orz.performance import PerformanceMeter, RecordRollouts
     from megatron_orz.start import start_run
 
@@ -90,7 +91,12 @@ def train(config: Config) -> None:
             models = build_models(config, mesh, num_prompts=len(prompts))
         reward = config.reward
         verifier = stack.enter_context(AnswerVerifier(timeout_s=reward.timeout_s, num_workers=reward.num_workers))
-        grader = ResponseGrader(verifier, tokenizer, ranks)
+        grader = ResponseGrader(
+            verifier, tokenizer, ranks, num_threads=reward.num_workers, max_staleness=config.ppo.max_staleness
+        )
+        stack.callback(grader.close)
+        fleet.listen(grader.begin)
+        log.include(grader.metrics)
         stream = PromptStream(prompts, seed=config.seed, cursor=run.done.prompt_cursor)
         timeline = None
         if is_main and config.ppo.max_staleness:
@@ -101,6 +107,9 @@ def train(config: Config) -> None:
         if isinstance(step_fleet, GenerationAhead):
             parts["ahead"] = step_fleet
         run.restore(parts)
+        memory = MemoryMeter(models.by_name(), ranks=ranks, device=mesh.device)
+        log.listen(memory.on_span)
+        log.include(memory.metrics)
         template = chat_template(config.data.template)
         step_end = StepEnd(
             config=config,

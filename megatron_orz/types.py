@@ -310,6 +310,10 @@ class Reference(Protocol):
         ...
 
 
+OnAnswer: TypeAlias = Callable[[Sequence[Rollout]], None]
+"""Gets the siblings of a prompt when all of them are there, where generation happens, in whatever thread."""
+
+
 class Fleet(Protocol):
     """The inference servers. Called on every rank; every rank gets the same answer."""
 

@@ -157,7 +157,7 @@ def without_times(run_dir: Path) -> list[Metrics]:
         {
             name: value
             for name, value in row.items()
-            if not name.startswith(("time/", "perf/")) and name != "tokens_per_s"
+            if not name.startswith(("time/", "perf/", "memory/")) and name != "tokens_per_s"
         }
         for row in read_metrics(run_dir / "metrics.jsonl")
     ]

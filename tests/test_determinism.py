@@ -33,7 +33,7 @@ def assert_same_bits(first: Path, second: Path) -> None:
     rows = [read_metrics(run / "metrics.jsonl") for run in (first, second)]
     measured = [
         [
-            {name: x for name, x in row.items() if not name.startswith(("time/", "perf/", "tokens_per_s"))}
+            {name: x for name, x in row.items() if not name.startswith(("time/", "perf/", "memory/", "tokens_per_s"))}
             for row in of_run
         ]
         for of_run in rows

@@ -62,6 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compose": {"types", "config", "algorithms"},
     "debug": {"config"},
     "performance": {"types", "config", "engine"},
+    "memory": {"types", "engine", "ranks"},
     "checks": {"types", "config", "command_line", "data", "engine"},
     "dry_run": {"config", "command_line", "checks", "engine"},
     "launch": {"config", "command_line", "ranks", "checkpoint.preemption", "json_file", "recipe_file", "rollout"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from megatron_orz.data.prompts import PromptStream
 from megatron_orz.logs import RunLog, read_metrics
 from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.metrics.traits import Traits
-from megatron_orz.types import AdvantageKind, Experience, Metrics, Rollout
+from megatron_orz.types import AdvantageKind, Experience, Metrics, NamedWeights, PackedBatch, Rollout
 from tests.bigram import (
     GOAL,
     MAX_RESPONSE_TOKENS,
@@ -146,6 +147,22 @@ def test_a_run_goes_on_behind_the_steps_that_are_done(run: Run, tmp_path: Path) 
     assert [row["step"] for row in again.rows] == [0, 1, 2, 3, 4]
     for before, after in zip(run.rows, again.rows, strict=True):
         assert before.get("policy/loss") == after.get("policy/loss")
+
+
+def test_a_step_begins_without_the_rollouts_and_the_experience_of_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[int] = []
+
+    def update_weights(fleet: TableFleet, weights: NamedWeights, version: int) -> None:
+        fleet.log_p, fleet.version = dict(weights)["table"].log_softmax(-1), version
+        fleet.run.events.clear()  # which would keep them all
+        alive.append(sum(type(thing) in (Rollout, PackedBatch, Experience) for thing in gc.get_objects()))
+
+    monkeypatch.setattr(TableFleet, "update_weights", update_weights)
+    train(config(tmp_path))
+    assert len(alive) == 5
+    assert len(set(alive)) == 1
 
 
 def test_an_epoch_takes_every_prompt_once(tmp_path: Path) -> None:

@@ -46,6 +46,22 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(finished: Finished) -> None:
         ]
 
 
+def test_rows_tell_of_the_memory_of_every_phase_and_model_and_of_early_grades(finished: Finished) -> None:
+    *steps, last = read_metrics(finished.run_dir / "metrics.jsonl")
+    for row in steps:
+        for phase in ("sync", "generate", "reward", "record", "infer", "critic", "policy"):
+            assert 0.1 < row[f"memory/{phase}_peak_gib"] < 100
+            assert 0 <= row[f"memory/{phase}_beyond_gib"] < row[f"memory/{phase}_peak_gib"]
+        for model in ("policy", "critic"):
+            weights = row[f"memory/{model}_weights_gib"]
+            assert weights > 0
+            # Gradients lie in buffers whose ends are padded.
+            assert row[f"memory/{model}_gradients_gib"] == pytest.approx(weights, rel=0.01)
+            assert row[f"memory/{model}_optimizer_gib"] == pytest.approx(2 * weights, rel=0.01)
+        assert 0 < row["perf/graded_early_share"] <= 1
+    assert {"memory/sync_peak_gib", "memory/host_gib"} <= last.keys()
+
+
 def test_transformers_loads_the_final_checkpoint_with_exactly_the_trained_weights(
     home: Path, finished: Finished
 ) -> None:

@@ -63,5 +63,7 @@ class StepTimes:
     seconds: list[float]
     num_response_tokens: list[int]
     rewards: list[float]
+    peak_bytes: int
+    """The most memory that existed at once: allocated on a GPU, or resident in the process on a CPU."""
     metrics: list[dict[str, float]] = field(default_factory=list)
-    """Of our own runs: time of each phase, tokens per second, MFU."""
+    """Of our own runs: time and memory of each phase, tokens per second, MFU, what models hold."""

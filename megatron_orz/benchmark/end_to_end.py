@@ -22,7 +22,7 @@ from megatron_orz import terminal
 from megatron_orz.benchmark import countdown, environment, results, workload
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.benchmark.group import OURS
-from megatron_orz.benchmark.loop_report import Loop, as_json, table
+from megatron_orz.benchmark.loop_report import Loop, as_json, memory_table, table
 from megatron_orz.benchmark.options import check_positive
 from megatron_orz.benchmark.trl_trainer import run_trl
 from megatron_orz.config import (
@@ -37,6 +37,7 @@ from megatron_orz.config import (
     PPOConfig,
     SamplingConfig,
 )
+from megatron_orz.engine.high_water import peak_bytes
 
 LengthKind = Literal["equal", "long-tailed"]
 Contender = Literal["ours", "trl", "critic", "vllm"]
@@ -126,6 +127,7 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
         for kind in arguments.only:
             loop = measure(kind, arguments, progress)
             console.print(table(loop))
+            console.print(memory_table(loop))
             groups.append(as_json(loop))
     content = {"environment": environment.describe(device), "arguments": asdict(arguments), "groups": groups}
     return results.write(arguments.output, "end-to-end", content, device, console)
@@ -215,6 +217,7 @@ def _run_quietly(contender: Contender, work: Work, log: Path) -> StepTimes:
 
 def run_ours(work: Work, *, critic: bool = False, fleet: FleetConfig | None = None) -> StepTimes:
     """A run of `train` in this process."""
+    from megatron_orz.engine.platform import device
     from megatron_orz.logs import METRICS_FILE, read_metrics
     from megatron_orz.train import train
 
@@ -222,11 +225,15 @@ def run_ours(work: Work, *, critic: bool = False, fleet: FleetConfig | None = No
     train(config)
     rows = [row for row in read_metrics(config.run_dir / METRICS_FILE) if "perf/step_s" in row]
     num_rollouts = work.num_prompts * work.num_responses
+    peaks = [2**30 * value for row in rows for name, value in row.items() if name.endswith("_peak_gib")]
     return StepTimes(
         seconds=[row["perf/step_s"] for row in rows],
         num_response_tokens=[round(row["response/length_mean"] * num_rollouts) for row in rows],
         rewards=[row["reward/mean"] for row in rows],
-        metrics=[{name: value for name, value in row.items() if name.startswith(("perf/", "time/"))} for row in rows],
+        peak_bytes=max(peak_bytes(device()), *map(round, peaks)),
+        metrics=[
+            {name: x for name, x in row.items() if name.startswith(("perf/", "time/", "memory/"))} for row in rows
+        ],
     )
 
 

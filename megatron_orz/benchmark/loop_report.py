@@ -15,6 +15,8 @@ from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.report import VERDICTS
 
 PHASES = ("sync", "generate", "reward", "record", "infer", "critic", "policy")
+PARTS = ("weights", "gradients", "main_weights", "optimizer")
+MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,25 @@ def table(loop: Loop) -> Table:
     return result
 
 
+def memory_table(loop: Loop) -> Table:
+    """A line for each run: the peak of all, then of ours the peak of each phase and what the models hold."""
+    title = f"memory in MiB, {loop.lengths} lengths"
+    result = Table(title=title, caption="of models, policy and critic together", caption_justify="left")
+    for column in ("", "peak", *PHASES, *PARTS):
+        result.add_column(column, justify="right" if column else "left")
+    for name, steps in loop.rows.items():
+        cells = [f"{steps.peak_bytes / MIB:,.0f}"]
+        for phase in PHASES:
+            peak_gib = loop.median_of(name, f"memory/{phase}_peak_gib")
+            cells.append("" if peak_gib is None else f"{1024 * peak_gib:,.0f}")
+        for part in PARTS:
+            held = [loop.median_of(name, f"memory/{model}_{part}_gib") for model in ("policy", "critic")]
+            held_gib = sum(gib for gib in held if gib is not None)
+            cells.append(f"{1024 * held_gib:.1f}" if held_gib else "")
+        result.add_row(name, *cells, style="bold" if name == OURS else None)
+    return result
+
+
 def as_json(loop: Loop) -> dict[str, Any]:
     """With the derived figures."""
     rows = {
@@ -89,6 +110,7 @@ def as_json(loop: Loop) -> dict[str, Any]:
             "times_s": loop.times_s(name),
             "samples_per_s": loop.num_rollouts / loop.median_s(name),
             "tokens_per_s": loop.num_response_tokens / loop.median_s(name),
+            "peak_bytes": steps.peak_bytes,
             "warm_up_s": steps.seconds[: loop.num_warm_up],
             "rewards": steps.rewards,
             "metrics": {

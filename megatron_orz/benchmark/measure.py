@@ -3,10 +3,11 @@
 import ctypes
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_orz.engine.high_water import forget_peak, held_bytes, peak_bytes
 
 Run = Callable[[], Any]
 
@@ -65,21 +66,11 @@ def peak_bytes_of_warm(run: Run, device: torch.device) -> int:
     """`peak_extra_bytes` of a function that has run before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # or a run may reuse what the one before has freed, and seem to need nothing
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
-    before = _resident_bytes("VmRSS")
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # or a run may reuse what the one before has freed, and seem to need nothing
+    forget_peak(device)
+    before = held_bytes(device)
     run()
-    return max(0, _resident_bytes("VmHWM") - before)
-
-
-def _resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(0, peak_bytes(device) - before)

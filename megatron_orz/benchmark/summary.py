@@ -48,7 +48,7 @@ def rows(path: Path) -> Iterator[str]:
             yield _line(
                 [
                     environment["device"],
-                    f"{task}: {shape}",
+                    f"{task}: {shape}{ours.name.removeprefix(OURS)}",
                     _show(ours),
                     f"{baseline.name}: {_show(baseline)}",
                     f"{ratio:.2f}",
@@ -59,13 +59,17 @@ def rows(path: Path) -> Iterator[str]:
 
 
 def _pairs(of_name: dict[str, Measured]) -> Iterator[tuple[Measured, Measured]]:
-    """Ours with each implementation that a target compares its speed with; the fastest transport with plain copies."""
+    """Ours with each implementation that a target compares its speed with, and what it does with more parts, beside it
+    without them; the fastest transport with plain copies."""
     if OURS in of_name:
         ours = of_name[OURS]
         for target in ours.targets:
             match = re.search(r"times as fast as (.+)$", target["text"])
             if match and match[1] in of_name:
                 yield ours, of_name[match[1]]
+        for name, more in of_name.items():
+            if name.startswith(f"{OURS}, with "):
+                yield more, ours
     elif "memcpy" in of_name:
         transports = [row for row in of_name.values() if row.is_ours]
         yield min(transports, key=lambda row: statistics.median(row.times_s)), of_name["memcpy"]

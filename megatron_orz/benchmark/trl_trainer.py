@@ -11,6 +11,7 @@ import torch
 
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.config import OptimizerConfig
+from megatron_orz.engine.high_water import peak_bytes
 from megatron_orz.rewards.math_answer import Response
 from megatron_orz.rewards.verifiers import AnswerVerifier
 
@@ -89,4 +90,5 @@ def run_trl(work: Work, optimizer: OptimizerConfig) -> StepTimes:
         seconds=[end - start for start, end in itertools.pairwise(ends)],
         num_response_tokens=[num_tokens[step] for step in range(work.num_steps)],
         rewards=rewards,
+        peak_bytes=peak_bytes(trainer.model.device),
     )

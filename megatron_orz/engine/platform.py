@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import resource
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_orz.engine.high_water import peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -68,10 +69,8 @@ def make_deterministic() -> None:
 
 
 def peak_memory_gib() -> float:
-    """The most memory that tensors held on this GPU at once, in all the process; on the CPU, its resident memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most memory that existed at once since `high_water.forget_peak`, of this GPU or of the process."""
+    return peak_bytes(device()) / 2**30
 
 
 def megatron_calls() -> contextlib.AbstractContextManager[object]:

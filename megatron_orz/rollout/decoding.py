@@ -42,14 +42,14 @@ def decode(
     max_rows: int,
     sampling: SamplingConfig,
     endings: Endings,
-    on_finished: Callable[[], None],
-) -> list[Response]:
+    on_finished: Callable[[int, Response], None],
+) -> None:
     """Draws one response per row; row i answers `prompts[prompt_of_row[i]]` with the random numbers `uniforms(i)`.
 
+    on_finished: called with the row and the response when it ends.
     uniforms: [max_response_tokens] float64 for each row. At most `max_rows` responses grow at a time. Siblings that
     begin together share the prefill of their prompt. Raises RuntimeError when the logits are not numbers.
     """
-    responses: dict[int, Response] = {}
     num_rows = len(prompt_of_row)
     batch = _Batch(model, sampling, endings, num_slots=min(max_rows, num_rows))
     num_begun = 0
@@ -66,9 +66,7 @@ def decode(
                 is_last=num_begun == num_rows,
             )
         for row, response in batch.step():
-            responses[row] = response
-            on_finished()
-    return [responses[row] for row in range(num_rows)]
+            on_finished(row, response)
 
 
 class _Batch:

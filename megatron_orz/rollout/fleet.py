@@ -15,7 +15,7 @@ from megatron_orz.rollout.kinds import server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
 from megatron_orz.rollout_arrays import RolloutArrays
-from megatron_orz.types import Fleet, Metrics, NamedWeights, Prompt, RepeatableWeights, Rollout
+from megatron_orz.types import Metrics, NamedWeights, OnAnswer, Prompt, RepeatableWeights, Rollout
 
 MAX_UPDATES = 3
 """Attempts at one weight update, as servers may die during it."""
@@ -29,7 +29,7 @@ def open_fleet(
     *,
     run_dir: Path,
     on_wait: Callable[[float], None] = lambda elapsed_s: None,
-) -> Iterator[Fleet]:
+) -> Iterator[LocalFleet | ServerFleet]:
     """The fleet of a run, called on every rank. `model` says what the servers start from.
 
     on_wait: called with the seconds elapsed a few times a second while servers start, on rank 0.
@@ -89,6 +89,11 @@ class ServerFleet:
         """servers: on rank 0 only."""
         self._servers = servers
         self._ranks = ranks
+
+    def listen(self, on_answer: OnAnswer) -> None:
+        """Has `on_answer` called on rank 0 with the siblings of every prompt as soon as a server has answered it."""
+        if self._servers is not None:
+            self._servers.listen(on_answer)
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Replaces the weights of every server that is up.

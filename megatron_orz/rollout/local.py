@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_orz.config import ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout import INITIAL_VERSION
-from megatron_orz.rollout.decoding import decode
+from megatron_orz.rollout.decoding import Response, decode
 from megatron_orz.rollout.sampling import Endings, StopStrings, uniforms
 from megatron_orz.rollout.slots import SLOTS
 from megatron_orz.rollout_arrays import RolloutArrays
-from megatron_orz.types import NamedWeights, Prompt, Rollout
+from megatron_orz.types import NamedWeights, OnAnswer, Prompt, Rollout
 
 
 class LocalFleet:
@@ -46,6 +46,11 @@ class LocalFleet:
         self._ranks = ranks
         self._max_batch_rollouts = max_batch_rollouts
         self._version = INITIAL_VERSION
+        self._on_answer: OnAnswer = lambda siblings: None
+
+    def listen(self, on_answer: OnAnswer) -> None:
+        """Has `on_answer` called with the siblings of every prompt that this rank has answered, as soon as it has."""
+        self._on_answer = on_answer
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """Copies `weights` into the model.
@@ -113,7 +118,24 @@ class LocalFleet:
         by_length = sorted(indices, key=lambda index: len(prompts[index].token_ids))
         rows = [(index, sibling) for index in by_length for sibling in range(num_responses)]
         place = {index: place for place, index in enumerate(by_length)}
-        responses = decode(
+        rollouts: dict[tuple[int, int], Rollout] = {}
+        num_missing = dict.fromkeys(indices, num_responses)
+
+        def on_finished(number: int, response: Response) -> None:
+            index, _ = row = rows[number]
+            rollouts[row] = Rollout(
+                prompt=prompts[index],
+                response_ids=response.token_ids,
+                rollout_log_probs=response.log_probs,
+                finish_reason=response.finish_reason,
+                policy_version=self._version,
+            )
+            on_rollout()
+            num_missing[index] -= 1
+            if num_missing[index] == 0:
+                self._on_answer([rollouts[index, sibling] for sibling in range(num_responses)])
+
+        decode(
             self._model,
             [prompts[index].token_ids for index in by_length],
             [place[index] for index, _ in rows],
@@ -121,18 +143,8 @@ class LocalFleet:
             max_rows=self._max_batch_rollouts,
             sampling=self._sampling,
             endings=self._endings,
-            on_finished=on_rollout,
+            on_finished=on_finished,
         )
-        rollouts = {
-            row: Rollout(
-                prompt=prompts[row[0]],
-                response_ids=response.token_ids,
-                rollout_log_probs=response.log_probs,
-                finish_reason=response.finish_reason,
-                policy_version=self._version,
-            )
-            for row, response in zip(rows, responses, strict=True)
-        }
         return [rollouts[index, sibling] for index in indices for sibling in range(num_responses)]
 
 

@@ -18,7 +18,7 @@ from typing import Protocol
 from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.client import GenerationRequest
 from megatron_orz.rollout.servers import RefusedError, ServerError, UnreachableError
-from megatron_orz.types import Rollout
+from megatron_orz.types import OnAnswer, Rollout
 
 MAX_ATTEMPTS = 3
 """Bad or late answers after which a request is given up. What dies with its server is asked again in any case: no
@@ -91,6 +91,8 @@ class Router:
         """In the order in which they are dealt out."""
         self._num_in_flight = 0
         self._is_held = False
+        self.on_answer: OnAnswer = lambda siblings: None
+        """Called with the rollouts of every request when it is answered."""
         self.version = INITIAL_VERSION
         """Of the weights that a server must hold to be asked."""
         self.num_retries = 0
@@ -148,6 +150,7 @@ class Router:
                         self.num_retries += 1
                         waiting.appendleft(job)
                         continue
+                    self.on_answer(answers[job.index])
                     if on_rollout is not None:
                         for _ in task.result():
                             on_rollout()

@@ -25,7 +25,7 @@ from megatron_orz.rollout.router import Router, too_few
 from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.token import authorization
-from megatron_orz.types import Metrics, NamedWeights, Prompt, Rollout
+from megatron_orz.types import Metrics, NamedWeights, OnAnswer, Prompt, Rollout
 
 _POLL_S = 0.25
 
@@ -81,6 +81,10 @@ class ServerGroup:
         self._sender: tuple[list[ServerClient], Sender] | None = None
         self._waits_for_all = False
         self._under_way: set[Future[Any]] = set()
+
+    def listen(self, on_answer: OnAnswer) -> None:
+        """Has `on_answer` called with the siblings of every prompt when it is answered, in the fleet's thread."""
+        self._router.on_answer = on_answer
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         """New weights for every server that is up. Requests that wait go out to the new weights; what was asked already

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_orz.benchmark import countdown, end_to_end
+from megatron_orz.benchmark import countdown, end_to_end, summary
 from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.benchmark.end_to_end import Arguments, checked
 
@@ -64,14 +65,24 @@ def test_what_fails_is_named_and_the_rest_is_written(monkeypatch: pytest.MonkeyP
         if contender == "trl":
             raise RuntimeError("TRL failed: no such package\nand a long trace")
         metrics = [{"time/policy_s": 0.25, "perf/mfu": 0.5}, {"time/policy_s": 0.75, "perf/mfu": 0.25}]
-        return StepTimes(seconds=[9.0, 2.0], num_response_tokens=[96, 96], rewards=[0.5, 0.5], metrics=metrics)
+        if contender == "critic":
+            metrics[1] |= {"memory/policy_peak_gib": 0.25, "memory/policy_weights_gib": 2e-3}
+            metrics[1] |= {"memory/critic_weights_gib": 1e-3}
+        return StepTimes(
+            seconds=[9.0, 2.0], num_response_tokens=[96, 96], rewards=[0.5, 0.5], peak_bytes=300 << 20, metrics=metrics
+        )
 
     monkeypatch.setattr(end_to_end, "in_process_of_its_own", steps)
     written = io.StringIO()
-    arguments = replace(TINY, only=("equal",), contenders=("ours", "trl", "critic"), output=tmp_path / "loop.json")
-    (group,) = json.loads(end_to_end.run(arguments, Console(file=written, width=140)).read_text())["groups"]
+    path = tmp_path / "loop.json"
+    arguments = replace(TINY, only=("equal",), contenders=("ours", "trl", "critic"), output=path)
+    (group,) = json.loads(end_to_end.run(arguments, Console(file=written, width=200)).read_text())["groups"]
     assert "TRL is missing: TRL failed: no such package" in written.getvalue()
     assert "target, at least 1.2 times as fast as TRL: not measured" in written.getvalue()
+    (row,) = [line for line in written.getvalue().splitlines() if "with a critic" in line and " 300 " in line]
+    assert [cell for cell in re.split("[ │]+", row) if cell][-3:] == ["300", "256", "3.1"]
+    (line,) = [line for line in summary.rows(path) if "with a critic" in line]
+    assert "| 8 samples/s | megatron_orz: 8 samples/s | 1.00 |" in line
     ours = group["rows"]["megatron_orz"]
     assert (ours["times_s"], ours["samples_per_s"], ours["warm_up_s"]) == ([2.0], 8.0, [9.0])
     assert ours["metrics"] == {"time/policy_s": 0.75, "perf/mfu": 0.25}
@@ -90,7 +101,7 @@ def test_a_run_that_did_other_work_is_refused(tmp_path: Path) -> None:
         max_pack_tokens=64,
         trl_rows=2,
     )
-    good = StepTimes(seconds=[1.0, 1.0], num_response_tokens=[21, 21], rewards=[0.5, 0.4])
+    good = StepTimes(seconds=[1.0, 1.0], num_response_tokens=[21, 21], rewards=[0.5, 0.4], peak_bytes=1)
     assert checked("it", good, work) is good
     with pytest.raises(RuntimeError, match="not 21 in each"):
         checked("it", replace(good, num_response_tokens=[21, 20]), work)

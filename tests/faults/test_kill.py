@@ -57,7 +57,7 @@ def outcome_of(place: Path) -> Outcome:
 
 
 def is_time(name: str) -> bool:
-    return name.startswith(("time/", "perf/")) or name == "tokens_per_s"
+    return name.startswith(("time/", "perf/", "memory/")) or name == "tokens_per_s"
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:

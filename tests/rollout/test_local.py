@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,21 @@ def test_progress_is_reported_once_per_rollout(tied_checkpoint: Path) -> None:
         make_prompts(5), num_responses=3, seed=0, on_rollout=lambda: finished.append(None)
     )
     assert len(finished) == 15
+
+
+def test_siblings_are_told_of_when_the_last_of_them_ends_and_before_all_do(tied_checkpoint: Path) -> None:
+    fleet = local_fleet(tied_checkpoint, max_batch_rollouts=6)
+    heard: list[list[Rollout]] = []
+    finished: list[None] = []
+
+    def on_answer(siblings: Sequence[Rollout]) -> None:
+        assert len(heard) > 0 or len(finished) < 15
+        heard.append(list(siblings))
+
+    fleet.listen(on_answer)
+    rollouts = fleet.generate(make_prompts(5), num_responses=3, seed=0, on_rollout=lambda: finished.append(None))
+    heard.sort(key=lambda siblings: siblings[0].prompt.prompt_id)
+    assert contents([rollout for siblings in heard for rollout in siblings]) == contents(rollouts)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -18,7 +18,7 @@ import pytest
 from megatron_orz.rollout import replica
 from megatron_orz.rollout.server_group import ServerGroup
 from megatron_orz.rollout.servers import RefusedError, ServerError
-from megatron_orz.types import NamedWeights
+from megatron_orz.types import NamedWeights, Rollout
 from tests.rollout.conftest import make_prompts
 from tests.rollout.stand_in_fleet import VersionSender, contents, expected, open_stand_ins
 from tests.rollout.test_process import wait_for
@@ -135,7 +135,10 @@ def test_a_faulty_server_is_replaced_and_its_requests_move_on(tmp_path: Path, fa
     prompts = make_prompts(10)
     with open_stand_ins(tmp_path, 2, stuck_timeout_s=0.5) as servers:
         servers.fault(0, **fault)
+        heard: list[Rollout] = []
+        servers.fleet.listen(heard.extend)
         assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
+        assert sorted(contents(heard)) == sorted(expected(prompts, version=-1))  # of every answer once
         wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
         assert servers.group.metrics()["fleet/retried_requests"] >= 3
 
