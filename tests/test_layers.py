@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "answers": {"types", "rollout_arrays"},
     "ahead": {"types", "data", "answers"},
     "timeline": set(),
-    "simulation": {"types", "data.packing", "generations", "json_file", "logs"},
+    "simulation": {"types", "data.packing", "generations", "json_file", "logs", "timeline"},
     "doctor": {"command_line", "config", "ops", "rollout"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},

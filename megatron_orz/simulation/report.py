@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -51,20 +52,24 @@ def outcome_table(profile: Profile, outcomes: Outcomes) -> Table:
 
 def check_table(pairs: Sequence[tuple[MeasuredRun, Course]]) -> Table:
     """Measured runs beside what is predicted of them: means of their steps."""
-    table = Table(title="predicted, and measured")
+    table = Table(title="measured / predicted")
     table.add_column("run")
-    for column in ("prompts x responses", "ahead", "servers", "measured step s", "predicted", "error"):
+    for column in ("prompts x responses", "ahead", "servers", "step s", "error", "train s", "wait s", "sync s"):
         table.add_column(column, justify="right")
     for run, course in pairs:
         s = run.setting
+        of_parts = [
+            f"{fmean(getattr(step, name) for step in run.steps):.2f} / {getattr(course, name):.2f}"
+            for name in ("train_s", "wait_s", "sync_s")
+        ]
         table.add_row(
             run.run_dir.name,
             f"{s.num_prompts} x {s.num_responses}",
             str(s.max_staleness),
             str(run.num_servers),
-            f"{run.step_s:.2f}",
-            f"{course.step_s:.2f}",
+            f"{run.step_s:.2f} / {course.step_s:.2f}",
             f"{course.step_s / run.step_s - 1:+.1%}",
+            *of_parts,
         )
     return table
 
