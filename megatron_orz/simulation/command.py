@@ -16,9 +16,12 @@ from megatron_orz.simulation.course import Course, Setting, simulate
 from megatron_orz.simulation.measured import measured_profile
 from megatron_orz.simulation.profile import Profile
 from megatron_orz.simulation.published import NAMES, published_profile
-from megatron_orz.simulation.report import check_table, draw, outcome_table, source_table, to_json
+from megatron_orz.simulation.report import check_table, draw, outcome_markdown, outcome_table, source_table, to_json
 from megatron_orz.simulation.runs import MeasuredRun, read_run
 from megatron_orz.simulation.sweep import Outcome, best_outcome, modes
+
+FILE_WIDTH = 150
+"""Columns of the tables in a file or a pipe, where nobody knows how wide they may be."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Arguments:
     seed: int = 0
     """Of the lengths and speeds drawn: equal seeds give equal results."""
     output: Path | None = None
-    """Directory of simulation.json and simulation.png; by default neither is written."""
+    """Directory of simulation.json, simulation.md and simulation.png; by default none is written."""
 
     def __post_init__(self) -> None:
         if not self.profile:
@@ -64,6 +67,8 @@ class Arguments:
 def run(arguments: Arguments, console: Console | None = None) -> None:
     """Prints what the profile is made of, and what it predicts. Raises ValueError for what makes no simulation."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
     profile = load_profile(arguments.profile, max_running=arguments.max_running)
     console.print(source_table(profile))
     outcomes: dict[int, list[Outcome]] = {}
@@ -81,6 +86,7 @@ def run(arguments: Arguments, console: Console | None = None) -> None:
         settings = {"seed": arguments.seed, "num_steps": arguments.num_steps}
         (arguments.output / "simulation.json").write_text(to_json(profile, outcomes, checked, **settings))
         if outcomes:
+            (arguments.output / "simulation.md").write_text(outcome_markdown(outcomes))
             draw(profile, outcomes, arguments.output / "simulation.png")
         console.print(f"{arguments.output} holds the figures")
 

@@ -83,6 +83,9 @@ def test_the_files_hold_what_the_tables_show(tmp_path: Path) -> None:
     ]
     assert f"{written['outcomes'][-1]['course']['step_s']:.1f}" in text.getvalue()
     assert (tmp_path / "plan" / "simulation.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "plan" / "simulation.md").read_text().splitlines()
+    assert {line.count("|") for line in lines} == {13}
+    assert f"{written['outcomes'][-1]['course']['step_s']:.1f} s" in lines[-1]
     assert "saved generations" in text.getvalue(), "where the numbers are from"
 
 
