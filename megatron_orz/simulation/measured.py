@@ -36,18 +36,16 @@ def measured_profile(runs: Sequence[MeasuredRun], *, max_running: int | None = N
     for run in runs[1:]:
         if _layout(run) != _layout(first):
             raise ValueError(
-                f"{run.run_dir} and {first.run_dir} differ in the size of a replica, a server or a pack, or in "
-                "fleet.max_running; give runs that do not"
+                f"{run.run_dir} and {first.run_dir} differ in the size of a replica, a server or a pack; give runs "
+                "that do not"
             )
+    default = max_running or RUNNING_ON_CPU * first.gpus_per_server
     if first.max_running is not None:
-        max_running, of_running = first.max_running, "fleet.max_running"
-    elif max_running is not None:
-        of_running = "--max-running"
+        of_running = "fleet.max_running"
     else:
-        max_running = RUNNING_ON_CPU * first.gpus_per_server
-        of_running = "assumed, vLLM's default on the CPU; --max-running for another"
+        of_running = "--max-running" if max_running else "assumed, vLLM's default on the CPU; --max-running for another"
     steps = [(run, step) for run in runs for step in run.steps]
-    decoding, server_spread, of_decoding = _fit_decoding(steps, max_running)
+    decoding, server_spread, of_decoding = _fit_decoding(steps, default)
     training, trainer_spread, of_training = _fit_training(steps)
     measured = f"{len(steps)} steps of {', '.join(str(run.run_dir) for run in runs)}"
     prompt_tokens = fmean(
@@ -98,33 +96,36 @@ def measured_profile(runs: Sequence[MeasuredRun], *, max_running: int | None = N
     )
 
 
-def _layout(run: MeasuredRun) -> tuple[int | None, ...]:
-    return run.gpus_per_replica, run.gpus_per_server, run.max_pack_tokens, run.max_running
+def _layout(run: MeasuredRun) -> tuple[int, ...]:
+    return run.gpus_per_replica, run.gpus_per_server, run.max_pack_tokens
 
 
 def _fit_decoding(
-    steps: Sequence[tuple[MeasuredRun, MeasuredStep]], max_running: int
+    steps: Sequence[tuple[MeasuredRun, MeasuredStep]], default_running: int
 ) -> tuple[Decoding, list[float], str]:
-    """Seconds of an iteration and of a response in it; measured over fitted seconds; what the fit could tell."""
+    """Seconds of an iteration and of a response in it; measured over fitted seconds; what the fit could tell.
+
+    default_running: responses that servers decode together where no config says it.
+    """
     timed = [(run, step, step.generate_s) for run, step in steps if step.generate_s is not None]
     if not timed:
         raise ValueError(
             f"{', '.join(sorted({str(run.run_dir) for run, _ in steps}))}: servers answered several steps at once "
             "throughout, so that no step's seconds are its own; add a run of ppo.max_staleness 0 or 1"
         )
-    units = [Decoding(iteration_s=1.0 - each, response_s=each, max_running=max_running) for each in (0.0, 1.0)]
-    counts = np.array([[_unit_seconds(unit, run, step) for unit in units] for run, step, _ in timed])
+    counts = np.array([_unit_seconds(run, step, run.max_running or default_running) for run, step, _ in timed])
     seconds = np.array([generate_s for *_, generate_s in timed])
     told_apart = _varies(counts[:, 1] / counts[:, 0])
     costs = nonnegative_fit(counts, seconds, columns=[0, 1] if told_apart else [1])
-    decoding = Decoding(iteration_s=costs[0], response_s=costs[1], max_running=max_running)
+    max_running = steps[0][0].max_running or default_running
+    decoding = Decoding(iteration_s=float(costs[0]), response_s=float(costs[1]), max_running=max_running)
     remark = "fitted over batches of several sizes" if told_apart else f"{NOT_TOLD_APART} iteration"
     source = f"time/generate_s, or spans of the servers in {TIMELINE_FILE}, of {len(timed)} steps; {remark}"
     return decoding, _spread(seconds, counts @ costs), source
 
 
-def _unit_seconds(unit: Decoding, run: MeasuredRun, step: MeasuredStep) -> float:
-    """What the step's generation would have taken.
+def _unit_seconds(run: MeasuredRun, step: MeasuredStep, max_running: int) -> list[float]:
+    """What the step's generation would have taken if an iteration took 1 s, and if a response in one did.
 
     How long the responses of dropped prompts were is not known, but that one of each was still running at the end: the
     prompts answered last stand in for them, with one response each as long as the longest.
@@ -134,7 +135,8 @@ def _unit_seconds(unit: Decoding, run: MeasuredRun, step: MeasuredStep) -> float
         slowest = sorted(step.groups, key=max)[-run.num_dropped :]
         longest = max(slowest[-1])
         dropped = [[*sorted(group)[:-1], longest] for group in slowest]
-    return generation_seconds(unit, step.groups, num_servers=run.num_servers, not_needed=dropped)
+    units = [Decoding(iteration_s=1.0 - each, response_s=each, max_running=max_running) for each in (0.0, 1.0)]
+    return [generation_seconds(u, step.groups, num_servers=run.num_servers, not_needed=dropped) for u in units]
 
 
 def _fit_training(steps: Sequence[tuple[MeasuredRun, MeasuredStep]]) -> tuple[Training, list[float], str]:

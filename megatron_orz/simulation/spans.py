@@ -52,7 +52,8 @@ def _steps(path: Path) -> list[_Step]:
         end = start + duration
         if track == "servers":
             # Written as the loop takes the responses, in the order of the steps.
-            is_alone = start >= last_answer and (start >= sync_end or end <= sync_start)
+            begin = start + ROUNDING_S
+            is_alone = begin >= last_answer and (begin >= sync_end or end <= sync_start)
             alone_s, last_answer = duration if is_alone else None, end
             continue
         if name == "sync":

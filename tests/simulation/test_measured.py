@@ -19,10 +19,11 @@ from megatron_orz.simulation.course import critical_tokens, simulate
 from megatron_orz.simulation.measured import RUNNING_ON_CPU, measured_profile, nonnegative_fit
 from megatron_orz.simulation.profile import Profile
 from megatron_orz.simulation.runs import MeasuredRun, read_run
+from megatron_orz.simulation.spans import seconds_alone
 from megatron_orz.timeline import TIMELINE_FILE, Timeline
 
 ITERATION_S, RESPONSE_S = 0.05, 0.002
-INFER_S, CRITIC_S, POLICY_S, UPDATE_S = 1e-3, 2e-3, 3e-3, 0.7
+INFER_S, CRITIC_S, POLICY_S, UPDATE_S = 1e-3, 2e-3, 3e-3, 0.2
 SYNC_S, GRADE_S = 0.4, 0.001
 TO_SERVERS_S, TO_TRAINER_S = 0.3, 0.2
 PROMPT_TOKENS = 12
@@ -86,6 +87,7 @@ def generate_ahead(run_dir: Path, rows: list[dict[str, float]], generate_s: Sequ
     with Timeline(run_dir / TIMELINE_FILE) as timeline:
         for row, seconds in zip(rows, generate_s, strict=True):
             asked, first_asked = now, asked
+            row["time/evaluate_s"] = 0.0
             if row["step"]:
                 begun = max(first_asked, answered)  # the second batch is asked beside the first, and answered after it
                 answered = begun + seconds
@@ -193,6 +195,7 @@ def test_the_timeline_tells_what_generation_beside_training_took(tmp_path: Path)
     runs = two_runs(tmp_path, max_staleness=1)
     # The second batch was asked while the first one was under way.
     assert [[step.generate_s is None for step in run.steps] for run in runs] == [[True, False, False]] * 2
+    assert max(step.wait_s for step in runs[0].steps) > 0.3, "updates waited for responses"
     assert_costs_are_found(measured_profile(runs), rel=1e-4)  # of which the timeline has microseconds
     course = simulate(measured_profile(runs), runs[1].setting, num_steps=60)
     assert course.step_s == pytest.approx(fmean(step.step_s for step in runs[1].steps[1:]), rel=0.05)
@@ -221,6 +224,22 @@ def test_servers_that_answered_several_steps_at_once_tell_no_speed(tmp_path: Pat
         read_run(path)
 
 
+@pytest.mark.parametrize(("answered", "alone_s"), [(2.9, 1.4), (3.4, None)])
+def test_generation_that_an_update_interrupts_tells_no_speed(
+    tmp_path: Path, answered: float, alone_s: float | None
+) -> None:
+    """Servers that swap weights within responses are asked at 1.5 s, and updated from 3 to 4 s."""
+    row = {"time/sync_s": 1.0, "time/generate_s": 1.0, "time/infer_s": 1.0}
+    with Timeline(tmp_path / TIMELINE_FILE) as timeline:
+        for start in (0.0, 3.0):
+            timeline.on_trainer("sync", start, start + 1)
+            if start:
+                timeline.on_servers("generate ahead", 1.5, answered)
+            timeline.on_trainer("generate", start + 1, start + 2)
+            timeline.on_trainer("infer", start + 2, start + 3)
+    assert seconds_alone(tmp_path, [row, row]) == [None, pytest.approx(alone_s)]
+
+
 def test_dropped_prompts_are_among_what_servers_decode(tmp_path: Path) -> None:
     runs = two_runs(tmp_path, oversampling=0.25)
     profile = measured_profile(runs)
@@ -243,14 +262,26 @@ def test_changes_of_turns_are_told_from_updates_and_inference(tmp_path: Path) ->
 
 
 def test_what_servers_decode_together_is_the_configs_or_else_the_commands(tmp_path: Path) -> None:
-    run = read_run(write_run(tmp_path / "run", num_prompts=16, num_responses=8, max_running=4))
-    assert run.max_running == 4
-    assert measured_profile([run], max_running=9).decoding.max_running == 4, "what the config says"
+    run = read_run(write_run(tmp_path / "run", num_prompts=16, num_responses=8, max_running=200))
+    assert measured_profile([run], max_running=9).decoding.max_running == 200, "what the config says"
     unsaid = replace(run, max_running=None)
     assert measured_profile([unsaid], max_running=9).decoding.max_running == 9
     assert measured_profile([unsaid]).decoding.max_running == RUNNING_ON_CPU
-    with pytest.raises(ValueError, match=r"differ in .* fleet\.max_running"):
-        measured_profile([run, unsaid])
+
+
+def test_servers_that_decode_fewer_together_tell_the_cost_of_a_pass(tmp_path: Path) -> None:
+    """Two runs of one size: one server decodes all responses together, the other one by one."""
+    together = read_run(write_run(tmp_path / "together", num_prompts=16, num_responses=8))
+    singly = replace(
+        together,
+        max_running=1,
+        steps=[
+            replace(step, generate_s=(ITERATION_S + RESPONSE_S) * sum(map(sum, step.groups))) for step in together.steps
+        ],
+    )
+    decoding = measured_profile([together, singly]).decoding
+    assert (decoding.iteration_s, decoding.response_s) == pytest.approx((ITERATION_S, RESPONSE_S), rel=1e-6)
+    assert decoding.max_running == RUNNING_ON_CPU
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
