@@ -9,7 +9,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check -qq
 LOCK := requirements-cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
-EXTENSION := setup.py pyproject.toml $(shell find csrc -type f)
+EXTENSION := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: help setup requirements demo test test-slow kernels-check benchmark lint docs dist clean
 .DELETE_ON_ERROR:

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "answers": {"types", "rollout_arrays"},
     "ahead": {"types", "data", "answers"},
     "timeline": {"closeable"},
-    "simulation": {"types", "data.packing", "generations", "json_file", "logs", "terminal"},
+    "simulation": {"types", "data.packing", "generations", "json_file", "logs", "terminal", "timeline"},
     "doctor": {"command_line", "config", "ops", "rollout", "terminal"},
     "evaluate": {"types", "config", "data", "rewards", "logs"},
     "ppo": {"types", "config", "algorithms", "data", "rewards", "evaluate", "logs", "metrics"},

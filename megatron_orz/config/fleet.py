@@ -38,6 +38,8 @@ class FleetConfig:
     """Longest prompt plus response a server accepts."""
     max_rollouts_in_flight: int = 2048
     """Rollouts asked of a server at a time: enough to fill its batch, as more would only wait in its queue."""
+    max_running: int | None = None
+    """Responses that a server which is started decodes together, if its cache has room; by default the server's own."""
     kv_cache_gib: float = 1.0
     """Memory of a server's key-value cache on the CPU."""
     cpu_threads: int | None = None
@@ -80,6 +82,7 @@ class FleetConfig:
         ):
             require(getattr(self, name) >= 1, f"fleet.{name} {getattr(self, name)} is not at least 1")
         require(0 <= self.port <= 65535, f"fleet.port {self.port} is no port; 0 picks a free one")
+        require(self.max_running is None or self.max_running >= 1, f"fleet.max_running {self.max_running} < 1")
         require(self.cpu_threads is None or self.cpu_threads >= 1, f"fleet.cpu_threads {self.cpu_threads} < 1")
         require(0 < self.gpu_memory_share < 1, f"fleet.gpu_memory_share {self.gpu_memory_share} is outside (0, 1)")
         require(

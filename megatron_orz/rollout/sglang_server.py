@@ -36,6 +36,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, port: int) -> list[str]:
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", fleet.dtype or model.dtype, "--context-length", str(fleet.max_model_tokens)),
         *("--tp-size", str(fleet.server_tp)),
+        *(("--max-running-requests", str(fleet.max_running)) if fleet.max_running else ()),
         *("--mem-fraction-static", str(fleet.gpu_memory_share)),
         *("--weight-version", str(INITIAL_VERSION)),
         "--enable-metrics",  # by which the watch sees that tokens are computed

@@ -56,6 +56,7 @@ def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int, on
         *("--host", host, "--port", str(port), "--middleware", "megatron_orz.rollout.vllm_guard.Guard"),
         *("--dtype", fleet.dtype or model.dtype, "--max-model-len", str(fleet.max_model_tokens)),
         *("--tensor-parallel-size", str(fleet.server_tp)),
+        *(("--max-num-seqs", str(fleet.max_running)) if fleet.max_running else ()),
         # The log-probabilities of the distribution sampled from: after temperature, top-k and top-p.
         *("--logprobs-mode", "processed_logprobs"),
         "--disable-uvicorn-access-log",

@@ -16,9 +16,12 @@ from megatron_orz.simulation.course import Course, Setting, simulate
 from megatron_orz.simulation.measured import measured_profile
 from megatron_orz.simulation.profile import Profile
 from megatron_orz.simulation.published import NAMES, published_profile
-from megatron_orz.simulation.report import check_table, draw, outcome_table, source_table, to_json
+from megatron_orz.simulation.report import check_table, draw, outcome_markdown, outcome_table, source_table, to_json
 from megatron_orz.simulation.runs import MeasuredRun, read_run
 from megatron_orz.simulation.sweep import Outcome, best_outcome, modes
+
+FILE_WIDTH = 150
+"""Columns of the tables in a file or a pipe, where nobody knows how wide they may be."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Arguments:
     """Simulates steps on other numbers of GPUs, other splits of them, and generation beside training."""
 
     profile: tyro.conf.Positional[tuple[str, ...]]
-    """Directories of synchronous runs with saved generations, or the name of a published profile."""
+    """Directories of runs with saved generations, or the name of a published profile."""
     gpus: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     """Numbers of GPUs; where the runs had none, a GPU is what each of their processes computed on."""
     trainer_gpus: int | None = None
@@ -43,12 +46,14 @@ class Arguments:
     """A synchronous mode in which servers and trainer share all GPUs."""
     against: tuple[Path, ...] = ()
     """Directories of runs to predict from the profile and to compare: nothing else is simulated then."""
+    max_running: int | None = None
+    """Responses that a server decodes together; by default the profile's: fleet.max_running of measured runs."""
     num_steps: int = 8
     """Steps simulated, after the first few."""
     seed: int = 0
     """Of the lengths and speeds drawn: equal seeds give equal results."""
     output: Path | None = None
-    """Directory of simulation.json and simulation.png; by default neither is written."""
+    """Directory of simulation.json, simulation.md and simulation.png; by default none is written."""
 
     def __post_init__(self) -> None:
         if not self.profile:
@@ -62,7 +67,9 @@ class Arguments:
 def run(arguments: Arguments, console: Console | None = None) -> None:
     """Prints what the profile is made of, and what it predicts. Raises ValueError for what makes no simulation."""
     console = console or Console()
-    profile = load_profile(arguments.profile)
+    if not console.is_terminal:
+        console.width = max(console.width, FILE_WIDTH)
+    profile = load_profile(arguments.profile, max_running=arguments.max_running)
     console.print(source_table(profile))
     outcomes: dict[int, list[Outcome]] = {}
     checked: list[tuple[MeasuredRun, Course]] = []
@@ -79,18 +86,23 @@ def run(arguments: Arguments, console: Console | None = None) -> None:
         settings = {"seed": arguments.seed, "num_steps": arguments.num_steps}
         (arguments.output / "simulation.json").write_text(to_json(profile, outcomes, checked, **settings))
         if outcomes:
+            (arguments.output / "simulation.md").write_text(outcome_markdown(outcomes))
             draw(profile, outcomes, arguments.output / "simulation.png")
         console.print(f"{arguments.output} holds the figures")
 
 
-def load_profile(names: Sequence[str]) -> Profile:
-    """The published profile of that name, or one measured from run directories. Raises ValueError for neither."""
+def load_profile(names: Sequence[str], *, max_running: int | None = None) -> Profile:
+    """The published profile of that name, or one measured from run directories. Raises ValueError for neither.
+
+    max_running: what servers shall decode together, where they did otherwise.
+    """
     if len(names) == 1 and not Path(names[0]).is_dir():
-        return published_profile(names[0])
+        return published_profile(names[0]).with_max_running(max_running)
     for name in names:
         if not Path(name).is_dir():
             raise ValueError(f"{name} is no directory; give those of runs, or one of {', '.join(NAMES)} alone")
-    return measured_profile([read_run(Path(name)) for name in names])
+    runs = [read_run(Path(name)) for name in names]
+    return measured_profile(runs, max_running=max_running).with_max_running(max_running)
 
 
 def simulate_all(profile: Profile, arguments: Arguments) -> dict[int, list[Outcome]]:

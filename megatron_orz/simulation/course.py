@@ -32,6 +32,8 @@ class Setting:
     colocated: bool = False
     max_staleness: int = 0
     """Versions that rollouts may be behind: as many batches are asked ahead of the trainer."""
+    swaps_within_responses: bool = False
+    """Updates let what is under way go on; otherwise they wait for it."""
     oversampling: float = 0.0
     """Share of prompts asked in addition; a step goes on without those answered last."""
 
@@ -132,19 +134,19 @@ class _Loop:
             start = env.now
             self._starts.append(start)
             self._busy_s.append(self._fleet.busy_s())
-            waited = 0.0
-            if step in self._asked:
+            if step in self._asked and not setting.swaps_within_responses:
                 yield self._asked[step].is_answered
-                waited = env.now - start
+                yield from self._fleet.drain()
+            waited = env.now - start
             before = env.now
             sync_s = self._profile.sync_s + (2 * self._profile.switch_s if setting.colocated else 0.0)
             yield from self._fleet.update(step, sync_s, self._slownesses(step))
             synced = env.now - before
             if step not in self._asked:
-                before = env.now
                 self._ask(step)
-                yield self._asked[step].is_answered
-                waited += env.now - before
+            before = env.now
+            yield self._asked[step].is_answered
+            waited += env.now - before
             if setting.oversampling:
                 self._fleet.abort()
             for ahead in range(step + 1, step + 1 + setting.max_staleness):

@@ -113,6 +113,10 @@ class Profile:
         chosen = rng.integers(len(self.groups), size=num_groups)
         return [rng.choice(np.asarray(self.groups[index]), num_responses).tolist() for index in chosen]
 
+    def with_max_running(self, max_running: int | None) -> Self:
+        """With servers that decode other numbers of responses together; None leaves them as they are."""
+        return self if max_running is None else replace(self, decoding=replace(self.decoding, max_running=max_running))
+
     def with_equal_lengths(self) -> Self:
         """The same tokens on average, and no straggler among them."""
         return replace(self, groups=[[max(1, round(self.mean_response_tokens))]])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -21,49 +23,62 @@ Outcomes = Mapping[int, Sequence[Outcome]]
 """By the number of GPUs."""
 
 
+COLUMNS = ("GPUs", "mode", "trainer + fleet", "step", "gain", "waits", "idle: trainer", "fleet", "all")
+COSTS = ("sync costs", "stragglers", "spread")
+
+
 def outcome_table(profile: Profile, outcomes: Outcomes) -> Table:
     """A line for each mode on each number of GPUs, at its best split; gains are over the first mode."""
-    table = terminal.table(f"{profile.name}: a step, at the best split of the GPUs", [])
-    for column in ("GPUs", "mode"):
-        table.add_column(column, justify="right" if column == "GPUs" else "left", no_wrap=True)
-    columns = ("trainer + fleet", "step s", "gain", "train s", "wait s", "sync s", "idle: trainer", "fleet", "all")
-    for column in (*columns, "tok/s/GPU", "cost of sync", "stragglers", "spread"):
-        table.add_column(column, justify="right")
-    for gpus, of_modes in outcomes.items():
-        first = of_modes[0].course.step_s
+    table = terminal.table(f"{profile.name}: a step, at the best split of the GPUs", COLUMNS[:2], (*COLUMNS[2:], *COSTS))
+    for of_modes in outcomes.values():
         for outcome in of_modes:
-            c, cost = outcome.course, outcome.costs
-            s = c.setting
-            table.add_row(
-                str(gpus),
-                outcome.mode.name,
-                f"{s.trainer_gpus} shared" if s.colocated else f"{s.trainer_gpus} + {s.server_gpus}",
-                f"{c.step_s:.1f}",
-                f"{first / c.step_s:.2f} x",
-                *(f"{seconds:.1f}" for seconds in (c.train_s, c.wait_s, c.sync_s)),
-                *(["-", "-"] if s.colocated else [f"{c.trainer_idle:.0%}", f"{c.fleet_idle:.0%}"]),
-                f"{c.gpu_idle:.0%}",
-                f"{c.tokens_per_s_per_gpu:,.0f}",
-                *(f"{seconds:.1f} s" for seconds in (cost.sync_s, cost.stragglers_s, cost.spread_s)),
-                end_section=outcome is of_modes[-1],
-            )
+            cells = _cells(outcome, first=of_modes[0])
+            table.add_row(*cells, end_section=outcome is of_modes[-1])
     return table
+
+
+def outcome_markdown(outcomes: Outcomes) -> str:
+    """The same table for a page."""
+    columns = (*COLUMNS, *COSTS)
+    rules = ["---" if column == "mode" else "---:" for column in columns]
+    rows = [_cells(outcome, first=of_modes[0]) for of_modes in outcomes.values() for outcome in of_modes]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rules, *rows))
+
+
+def _cells(outcome: Outcome, *, first: Outcome) -> list[str]:
+    course, setting, costs = outcome.course, outcome.course.setting, outcome.costs
+    idle = ["-", "-"] if setting.colocated else [f"{course.trainer_idle:.0%}", f"{course.fleet_idle:.0%}"]
+    return [
+        str(setting.gpus),
+        outcome.mode.name,
+        f"{setting.gpus} shared" if setting.colocated else f"{setting.trainer_gpus} + {setting.server_gpus}",
+        f"{course.step_s:.1f} s",
+        f"{first.course.step_s / course.step_s:.2f} x",
+        f"{course.wait_s:.1f} s",
+        *idle,
+        f"{course.gpu_idle:.0%}",
+        *(f"{seconds:.1f} s" for seconds in (costs.sync_s, costs.stragglers_s, costs.spread_s)),
+    ]
 
 
 def check_table(pairs: Sequence[tuple[MeasuredRun, Course]]) -> Table:
     """Measured runs beside what is predicted of them: means of their steps."""
-    columns = ("prompts x responses", "ahead", "servers", "measured step s", "predicted", "error")
-    table = terminal.table("predicted, and measured", ["run"], columns)
+    columns = ("prompts x responses", "ahead", "servers", "step s", "error", "train s", "wait s", "sync s")
+    table = terminal.table("measured / predicted", ["run"], columns)
     for run, course in pairs:
         s = run.setting
+        of_parts = [
+            f"{fmean(getattr(step, name) for step in run.steps):.2f} / {getattr(course, name):.2f}"
+            for name in ("train_s", "wait_s", "sync_s")
+        ]
         table.add_row(
             run.run_dir.name,
             f"{s.num_prompts} x {s.num_responses}",
             str(s.max_staleness),
             str(run.num_servers),
-            f"{run.step_s:.2f}",
-            f"{course.step_s:.2f}",
+            f"{run.step_s:.2f} / {course.step_s:.2f}",
             f"{course.step_s / run.step_s - 1:+.1%}",
+            *of_parts,
         )
     return table
 
@@ -92,29 +107,39 @@ def to_json(profile: Profile, outcomes: Outcomes, checked: Sequence[tuple[Measur
 
 
 def draw(profile: Profile, outcomes: Outcomes, picture: Path) -> None:
-    """Step time over the split of the GPUs, and over their number where there are several; one line for each mode."""
+    """Step time over the split of the GPUs; over their number, where there are several, with what is idle and why."""
     counts = list(outcomes)
-    middle = counts[len(counts) // 2]
-    figure = Figure(figsize=(11 if len(counts) > 1 else 7, 4), layout="constrained")
-    by_split, *others = figure.subplots(1, min(2, len(counts)), squeeze=False)[0]
-    for index, outcome in enumerate(outcomes[middle]):
+    rows, columns = (2, 2) if len(counts) > 1 else (1, 1)
+    figure = Figure(figsize=(5.5 * columns + 1, 4 * rows), layout="constrained")
+    by_split, *by_gpus = figure.subplots(rows, columns, squeeze=False).flat
+    _draw_splits(by_split, outcomes, counts[len(counts) // 2])
+    panels: tuple[tuple[str, Callable[[Outcome], float]], ...] = (
+        ("seconds a step, at the best split", lambda outcome: outcome.course.step_s),
+        ("share of all GPUs' time that is idle", lambda outcome: outcome.course.gpu_idle),
+        ("share of a step that stragglers cost", lambda outcome: outcome.costs.stragglers_s / outcome.course.step_s),
+    )
+    for axes, (label, value) in zip(by_gpus, panels, strict=False):
+        for index in range(len(outcomes[counts[0]])):
+            axes.plot(counts, [value(of_modes[index]) for of_modes in outcomes.values()], marker="o", color=f"C{index}")
+        axes.set(xscale="log", xlabel="GPUs", ylabel=label)
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+    if by_gpus:
+        by_gpus[0].set_yscale("log")
+    figure.suptitle(f"{profile.name}, simulated")
+    figure.savefig(picture, dpi=110)
+
+
+def _draw_splits(axes: Axes, outcomes: Outcomes, gpus: int) -> None:
+    for index, outcome in enumerate(outcomes[gpus]):
         name, colour = outcome.mode.name, f"C{index}"
         if outcome.mode.colocated:
-            by_split.axhline(outcome.course.step_s, color=colour, linestyle="--", label=name)
+            axes.axhline(outcome.course.step_s, color=colour, linestyle="--", label=name)
         else:
-            shares = [course.setting.trainer_gpus / middle for course in outcome.tried]
-            by_split.plot(shares, [course.step_s for course in outcome.tried], marker="o", color=colour, label=name)
-        for by_gpus in others:
-            steps = [of_modes[index].course.step_s for of_modes in outcomes.values()]
-            by_gpus.plot(counts, steps, marker="o", color=colour)
-    by_split.set(yscale="log", xlabel="share of the trainer", ylabel="seconds a step", title=f"{middle} GPUs")
-    by_split.legend(loc="upper center")
-    for by_gpus in others:
-        by_gpus.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="seconds a step", title="at the best split")
-        by_gpus.set_xticks(counts, [str(count) for count in counts])
-        by_gpus.minorticks_off()
-    figure.suptitle(f"{profile.name}, simulated")
-    figure.savefig(picture, dpi=120)
+            shares = [course.setting.trainer_gpus / gpus for course in outcome.tried]
+            axes.plot(shares, [course.step_s for course in outcome.tried], marker="o", color=colour, label=name)
+    axes.set(yscale="log", xlabel="share of the trainer", ylabel="seconds a step", title=f"{gpus} GPUs")
+    axes.legend(loc="upper center")
 
 
 def _short(profile: Profile, name: str) -> str:

@@ -1,22 +1,30 @@
 """What a run directory says of its steps: what each had to do, and the seconds it took.
 
-Read are config.json, metrics.jsonl and the saved generations. The first step is left out: what is done once falls into
-it.
+Read are config.json, metrics.jsonl, the saved generations and, of a run ahead, its timeline. The first step is left
+out: what is done once falls into it.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from megatron_orz.generations import generations_file, read_generations
 from megatron_orz.json_file import read_json
 from megatron_orz.logs import METRICS_FILE, read_metrics
 from megatron_orz.simulation.course import Setting
+from megatron_orz.simulation.spans import seconds_alone
 from megatron_orz.types import Metrics
+
+MODEL_PHASES = ("infer", "critic", "policy")
+UPDATE_PARTS = ("sync/send_s", "sync/verify_s", "sync/write_s", "sync/load_s")
+"""Metrics of a weight update, by whatever transport, that add up to its seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,16 +32,28 @@ class MeasuredStep:
     """What one step had to do, and its seconds."""
 
     groups: list[list[int]]
-    """Response tokens of the siblings of each prompt."""
+    """Response tokens of the siblings of each prompt that was trained on."""
     sequence_tokens: list[int]
     """Positions of every rollout in a pack."""
-    seconds: Metrics
-    """`time/<span>_s` of the step."""
+    step_s: float
+    """Without evaluation, which is not simulated."""
+    wait_s: float
+    """The trainer waited for responses."""
+    generate_s: float | None
+    """From the first request to the last answer, where servers did nothing else meanwhile."""
+    sync_s: float
+    """Of the weight update alone."""
+    switch_s: float
+    """Of both changes of turns; 0 where servers have GPUs of their own."""
+    phases_s: Sequence[float]
+    """Of the models: infer, critic, policy."""
+    rest_s: float
+    """Of everything else, such as grading and recording."""
 
     @property
-    def step_s(self) -> float:
-        """Without evaluation, which is not simulated."""
-        return sum(value for name, value in self.seconds.items() if name != "time/evaluate_s")
+    def train_s(self) -> float:
+        """Whatever is neither waiting nor an update."""
+        return sum(self.phases_s) + self.rest_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +63,10 @@ class MeasuredRun:
     run_dir: Path
     setting: Setting
     num_servers: int
+    gpus_per_server: int
     gpus_per_replica: int
+    max_running: int | None
+    """Responses that a server decodes together; None where that was left to the server."""
     max_pack_tokens: int
     num_critic_updates: int
     num_policy_updates: int
@@ -54,36 +77,29 @@ class MeasuredRun:
         """Of the mean step."""
         return fmean(step.step_s for step in self.steps)
 
+    @property
+    def num_dropped(self) -> int:
+        """Prompts of a step that are asked, and not waited for."""
+        return math.ceil(self.setting.num_prompts * (1 + self.setting.oversampling)) - self.setting.num_prompts
+
 
 def read_run(run_dir: Path) -> MeasuredRun:
     """What a run measured from its second step on. Raises ValueError for what is no run with saved generations."""
     config = read_json(run_dir / "config.json")
     try:
-        ppo, fleet, grid, data = config["ppo"], config["fleet"], config["parallel"], config["data"]
-        if fleet["kind"] == "local":
-            raise ValueError(f"{run_dir} has no servers (fleet.kind local); give a run with fleet.kind vllm or sglang")
-        replica = grid["tp"] * grid["pp"] * grid.get("cp", 1)
-        trainer_gpus = grid.get("num_ranks") or replica
-        num_servers = len(fleet.get("urls", [])) or fleet.get("num_servers", 1)
-        colocated = bool(fleet.get("colocated", False))
-        setting = Setting(
-            trainer_gpus=trainer_gpus,
-            server_gpus=trainer_gpus if colocated else num_servers * fleet.get("server_tp", 1),
-            num_prompts=ppo["num_prompts"],
-            num_responses=ppo["num_responses"],
-            colocated=colocated,
-            max_staleness=ppo.get("max_staleness", 0),
-            oversampling=ppo.get("oversampling", 0.0),
-        )
+        setting = _setting(run_dir, config)
+        ppo, fleet, grid = config["ppo"], config["fleet"], config["parallel"]
         run = MeasuredRun(
             run_dir=run_dir,
             setting=setting,
-            num_servers=num_servers,
-            gpus_per_replica=replica,
-            max_pack_tokens=data["max_pack_tokens"],
+            num_servers=len(fleet.get("urls", [])) or fleet.get("num_servers", 1),
+            gpus_per_server=fleet.get("server_tp", 1),
+            gpus_per_replica=grid["tp"] * grid["pp"] * grid.get("cp", 1),
+            max_running=fleet.get("max_running"),
+            max_pack_tokens=config["data"]["max_pack_tokens"],
             num_critic_updates=ppo["num_critic_updates"] if ppo.get("advantages", "gae") == "gae" else 0,
             num_policy_updates=ppo["num_policy_updates"],
-            steps=[_step(run_dir, row) for row in read_metrics(run_dir / METRICS_FILE)[1:] if "time/generate_s" in row],
+            steps=_steps(run_dir, setting),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(
@@ -94,7 +110,42 @@ def read_run(run_dir: Path) -> MeasuredRun:
     return run
 
 
-def _step(run_dir: Path, row: Metrics) -> MeasuredStep:
+def _setting(run_dir: Path, config: Mapping[str, Any]) -> Setting:
+    ppo, fleet, grid = config["ppo"], config["fleet"], config["parallel"]
+    if fleet["kind"] == "local":
+        raise ValueError(f"{run_dir} has no servers (fleet.kind local); give a run with fleet.kind vllm or sglang")
+    if ppo.get("max_resampling_rounds"):
+        raise ValueError(
+            f"{run_dir} has ppo.max_resampling_rounds: how much of its grading was generation is not known; give a run "
+            "without"
+        )
+    trainer_gpus = grid.get("num_ranks") or grid["tp"] * grid["pp"] * grid.get("cp", 1)
+    num_servers = len(fleet.get("urls", [])) or fleet.get("num_servers", 1)
+    colocated = bool(fleet.get("colocated", False))
+    return Setting(
+        trainer_gpus=trainer_gpus,
+        server_gpus=trainer_gpus if colocated else num_servers * fleet.get("server_tp", 1),
+        num_prompts=ppo["num_prompts"],
+        num_responses=ppo["num_responses"],
+        colocated=colocated,
+        max_staleness=ppo.get("max_staleness", 0),
+        swaps_within_responses=fleet.get("swaps_within_responses", False),
+        oversampling=ppo.get("oversampling", 0.0),
+    )
+
+
+def _steps(run_dir: Path, setting: Setting) -> list[MeasuredStep]:
+    rows = [row for row in read_metrics(run_dir / METRICS_FILE) if "time/generate_s" in row]
+    timed_by_loop = [row["time/generate_s"] for row in rows]
+    generate_s = seconds_alone(run_dir, rows) if setting.max_staleness else timed_by_loop
+    return [
+        _step(run_dir, setting, row, before, seconds)
+        for (before, row), seconds in zip(pairwise(rows), generate_s[1:], strict=True)
+    ]
+
+
+def _step(run_dir: Path, setting: Setting, row: Metrics, before: Metrics, generate_s: float | None) -> MeasuredStep:
+    """The step of a row, which came after `before`."""
     path = generations_file(run_dir, int(row["step"]))
     if not path.exists():
         raise ValueError(
@@ -105,7 +156,40 @@ def _step(run_dir: Path, row: Metrics) -> MeasuredStep:
     for generation in read_generations(path):
         groups[generation.prompt_id].append(generation.num_response_tokens)
         tokens[generation.prompt_id].append(generation.num_prompt_tokens + generation.num_response_tokens - 1)
-    seconds = {name: value for name, value in row.items() if name.startswith("time/")}
+    seconds = {name[len("time/") : -len("_s")]: value for name, value in row.items() if name.startswith("time/")}
+    step_s = sum(seconds.values()) - seconds.get("evaluate", 0.0)
+    phases = [seconds.get(phase, 0.0) for phase in MODEL_PHASES]
+    sync_s, wait_s = _sync(row, setting)
+    switch_s = 0.0
+    if setting.colocated:
+        # The first change of turns lies around the update, the second within what first asks a model.
+        to_servers_s = row["time/sync_s"] - sync_s
+        total_s = row["colocation/switch_s"]
+        switch_s = total_s - before["colocation/switch_s"] if total_s >= before["colocation/switch_s"] else total_s
+        asked = next((place for place, of_phase in enumerate(phases) if of_phase >= switch_s - to_servers_s), 0)
+        phases[asked] -= switch_s - to_servers_s
     return MeasuredStep(
-        groups=list(groups.values()), sequence_tokens=list(chain.from_iterable(tokens.values())), seconds=seconds
+        groups=list(groups.values()),
+        sequence_tokens=list(chain.from_iterable(tokens.values())),
+        step_s=step_s,
+        wait_s=seconds["generate"] + wait_s,
+        generate_s=generate_s,
+        sync_s=sync_s,
+        switch_s=switch_s,
+        phases_s=phases,
+        rest_s=step_s - seconds["generate"] - seconds["sync"] - sum(seconds.get(phase, 0.0) for phase in MODEL_PHASES),
     )
+
+
+def _sync(row: Metrics, setting: Setting) -> tuple[float, float]:
+    """Seconds of `time/sync_s` in which weights were replaced, and in which responses were waited for."""
+    if not setting.colocated and setting.max_staleness < 2:
+        wait_s = row.get("staleness/wait_s", 0.0)
+        return row["time/sync_s"] - wait_s, wait_s
+    # The span holds a change of turns, or a wait for responses of later steps, that no metric names.
+    parts = [row[name] for name in UPDATE_PARTS if name in row]
+    if not parts:
+        raise ValueError(
+            f"step {row['step']:.0f} has none of {', '.join(UPDATE_PARTS)}; give a run whose servers say it"
+        )
+    return sum(parts), 0.0 if setting.colocated else row["time/sync_s"] - sum(parts)

@@ -183,6 +183,9 @@ class SimulatedFleet:
         self.servers = [Server(env, decoding) for _ in range(num_servers)]
         self._max_rollouts = max_rollouts_in_flight
         self._queue: deque[Request] = deque()
+        self._is_held = False
+        self._has_ended = env.event()
+        """Of any request."""
 
     def ask(self, groups: Sequence[Sequence[int]], *, num_needed: int) -> Batch:
         """Asks for the responses to some prompts; the batch is answered with the first `num_needed` of them."""
@@ -197,6 +200,12 @@ class SimulatedFleet:
         for server in self.servers:
             server.abort()
 
+    def drain(self) -> simpy.events.ProcessGenerator:
+        """Asks servers for nothing until the next update is over, and waits until they have answered everything."""
+        self._is_held = True
+        while any(server.num_rollouts for server in self.servers):
+            yield self._has_ended
+
     def update(self, version: int, sync_s: float, slownesses: Sequence[float]) -> simpy.events.ProcessGenerator:
         """A weight update: no server decodes meanwhile, and each goes on at a speed of its own."""
         for server in self.servers:
@@ -206,6 +215,8 @@ class SimulatedFleet:
             server.slowness = slowness
             server.version = version
             server.resume()
+        self._is_held = False
+        self._deal()
 
     def busy_s(self) -> float:
         """Of all servers up to the present, while at least one response ran."""
@@ -217,10 +228,12 @@ class SimulatedFleet:
         batch.answers.append(request)
         if len(batch.answers) == batch.num_needed:
             batch.is_answered.succeed()
+        self._has_ended.succeed()
+        self._has_ended = self.env.event()
         self._deal()
 
     def _deal(self) -> None:
-        while self._queue:
+        while self._queue and not self._is_held:
             size = len(self._queue[0].lengths)
             vacant = [s for s in self.servers if not s.num_rollouts or s.num_rollouts + size <= self._max_rollouts]
             if not vacant:
@@ -228,10 +241,21 @@ class SimulatedFleet:
             min(vacant, key=lambda server: server.num_rollouts).ask(self._queue.popleft())
 
 
-def generation_seconds(decoding: Decoding, groups: Sequence[Sequence[int]], *, num_servers: int) -> float:
-    """From the first request to the last answer, when all are asked at once and nothing is asked beside them."""
+def generation_seconds(
+    decoding: Decoding,
+    groups: Sequence[Sequence[int]],
+    *,
+    num_servers: int,
+    not_needed: Sequence[Sequence[int]] = (),
+) -> float:
+    """From the first request to the last answer, when all are asked at once.
+
+    not_needed: asked after them, and not waited for.
+    """
     env = simpy.Environment()
-    in_flight = sum(map(len, groups))
+    in_flight = sum(map(len, [*groups, *not_needed]))
     fleet = SimulatedFleet(env, decoding, num_servers=num_servers, max_rollouts_in_flight=in_flight)
-    env.run(until=fleet.ask(groups, num_needed=len(groups)).is_answered)
+    batch = fleet.ask(groups, num_needed=len(groups))
+    fleet.ask(not_needed, num_needed=len(not_needed))
+    env.run(until=batch.is_answered)
     return float(env.now)

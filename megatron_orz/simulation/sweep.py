@@ -19,6 +19,7 @@ class Mode:
     name: str
     colocated: bool = False
     max_staleness: int = 0
+    swaps_within_responses: bool = False
     oversampling: float = 0.0
 
 
@@ -54,6 +55,8 @@ def modes(*, max_staleness: Sequence[int], oversampling: float, colocated: bool)
     for staleness in sorted(set(max_staleness)):
         name = {0: "synchronous", 1: "one step ahead"}.get(staleness, f"{staleness} steps ahead")
         found.append(Mode(name=name, max_staleness=staleness))
+        if staleness > 1:  # with fewer, nothing is under way as an update begins
+            found.append(Mode(name=f"{name}, swapping", max_staleness=staleness, swaps_within_responses=True))
     if oversampling:
         found.append(Mode(name=f"over-sampled {oversampling:.0%}", oversampling=oversampling))
     if not found:
@@ -79,6 +82,7 @@ def best_outcome(
             server_gpus=gpus if mode.colocated else gpus - trainer,
             colocated=mode.colocated,
             max_staleness=mode.max_staleness,
+            swaps_within_responses=mode.swaps_within_responses,
             oversampling=mode.oversampling,
         )
 

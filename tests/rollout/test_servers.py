@@ -102,6 +102,17 @@ def test_the_server_does_not_inherit_the_trainers_place(monkeypatch: pytest.Monk
     assert "OMP_NUM_THREADS" not in vllm_server._environment(on_cuda=False, cpu_threads=None)
 
 
+def test_a_server_decodes_as_many_responses_together_as_configured(tmp_path: Path) -> None:
+    def flags(fleet: FleetConfig) -> list[str]:
+        return vllm_server._command(model_config(tmp_path), fleet, host="127.0.0.1", port=1, on_cuda=False)
+
+    assert "--max-num-seqs" not in flags(FleetConfig()), "the server's own default"
+    command = flags(FleetConfig(max_running=16))
+    assert command[command.index("--max-num-seqs") + 1] == "16"
+    with pytest.raises(ValueError, match="max_running 0"):
+        FleetConfig(max_running=0)
+
+
 def test_a_server_on_the_cpu_runs_as_many_threads_as_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert vllm_server._environment(on_cuda=False, cpu_threads=1)["OMP_NUM_THREADS"] == "1"

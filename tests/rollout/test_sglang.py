@@ -226,7 +226,7 @@ def test_the_command_line_and_the_counter_are_sglangs_own(tmp_path: Path) -> Non
     collector = (root / "observability" / "metrics_collector.py").read_text()
     assert all(f'name="{metric}"' in collector for metric in SGLangClient.progress_metrics)
     arguments = "".join(file.read_text() for file in [root / "server_args.py", *(root / "arg_groups").rglob("*.py")])
-    command = _command(model_config(tmp_path), FleetConfig(kind="sglang"), port=1)
+    command = _command(model_config(tmp_path), FleetConfig(kind="sglang", max_running=16), port=1)
     for flag in (part for part in command if part.startswith("--")):
         name = flag.removeprefix("--")
         assert f'"{flag}"' in arguments or f" {name.replace('-', '_')}:" in arguments, flag

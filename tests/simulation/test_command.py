@@ -62,7 +62,8 @@ def test_costs_are_what_a_step_would_be_shorter_by() -> None:
 
 def test_modes_are_named_and_some_mode_is_needed() -> None:
     names = [mode.name for mode in modes(max_staleness=(1, 0, 3), oversampling=0.25, colocated=True)]
-    assert names == ["colocated", "synchronous", "one step ahead", "3 steps ahead", "over-sampled 25%"]
+    ahead = ["one step ahead", "3 steps ahead", "3 steps ahead, swapping"]
+    assert names == ["colocated", "synchronous", *ahead, "over-sampled 25%"]
     with pytest.raises(ValueError, match="no mode is left"):
         modes(max_staleness=(), oversampling=0.0, colocated=False)
 
@@ -82,6 +83,9 @@ def test_the_files_hold_what_the_tables_show(tmp_path: Path) -> None:
     ]
     assert f"{written['outcomes'][-1]['course']['step_s']:.1f}" in text.getvalue()
     assert (tmp_path / "plan" / "simulation.png").read_bytes().startswith(b"\x89PNG")
+    lines = (tmp_path / "plan" / "simulation.md").read_text().splitlines()
+    assert {line.count("|") for line in lines} == {13}
+    assert f"{written['outcomes'][-1]['course']['step_s']:.1f} s" in lines[-1]
     assert "saved generations" in text.getvalue(), "where the numbers are from"
 
 

@@ -45,8 +45,28 @@ def test_ahead_a_step_is_its_longer_half(max_staleness: int, training: Training 
 
 def test_no_server_is_faster_than_all_its_responses_together() -> None:
     """Several batches share the cost of an iteration, but not that of a response: 160 tokens take 40 s at least."""
-    course = simulate(small_profile(), small_setting(max_staleness=5))
+    course = simulate(small_profile(), small_setting(max_staleness=5, swaps_within_responses=True))
     assert SYNC_S + 160 * 0.25 < course.step_s < SYNC_S + GENERATE_S
+
+
+@pytest.mark.parametrize("max_staleness", [2, 5])
+def test_updates_that_wait_for_all_responses_make_no_use_of_more_than_a_step(max_staleness: int) -> None:
+    """Whatever was asked is under way, so that each update waits for the batch asked last."""
+    course = simulate(small_profile(), small_setting(max_staleness=max_staleness))
+    assert course.step_s == pytest.approx(SYNC_S + GENERATE_S)
+    assert course.wait_s == pytest.approx(GENERATE_S - TRAIN_S)
+
+
+def test_what_waits_in_the_trainer_is_not_waited_for() -> None:
+    """Of 1024 prompts of 4 responses, half are asked of the server at a time: an update finds half of a batch there."""
+    nothing = Training(infer_s=0, critic_s=0, policy_s=0, update_s=0, num_critic_updates=2, num_policy_updates=1)
+    profile = small_profile(
+        decoding=Decoding(iteration_s=0.0, response_s=0.01, max_running=4096), training=nothing, max_pack_tokens=60000
+    )
+    setting = small_setting(num_prompts=1024, num_responses=4, max_staleness=2)
+    course = simulate(profile, setting, num_steps=4)
+    assert course.step_s == pytest.approx(SYNC_S + 4096 * 10 * 0.01)
+    assert course.staleness == pytest.approx(1.5), "half of a batch was asked before the update, half after it"
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1, 3])
