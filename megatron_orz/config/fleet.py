@@ -101,6 +101,11 @@ class FleetConfig:
             "fleet.colocated is about servers, and fleet.kind is local; set it to false",
         )
         require(
+            not (self.colocated and self.transport == "nccl"),
+            "fleet.transport is nccl, which joins no two processes on one GPU, where fleet.colocated has them; set it "
+            "to auto",
+        )
+        require(
             self.kind == "vllm" or not self.swaps_within_responses,
             f"fleet.swaps_within_responses needs servers that say whose weights sampled a token, which fleet.kind "
             f"{self.kind} does not; set fleet.kind to vllm, or fleet.swaps_within_responses to false",

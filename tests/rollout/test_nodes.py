@@ -90,8 +90,6 @@ def test_a_remote_server_starts_dies_and_starts_again_at_its_place(node: ServerN
 def test_what_a_node_refuses_is_told_in_its_words(node: ServerNode) -> None:
     with pytest.raises(ValueError, match="node b: there is no model"):
         remote(node, 3).wait_until_healthy()
-    with pytest.raises(ValueError, match=r"node b: server 4 is none of this node's \[2, 3\]"):
-        remote(node, 4).wait_until_healthy()
     order = {"server": 2, "num_restarts": 0}
     answer = httpx.post(f"{node.url}/start", json=order, headers={"Authorization": b"Bearer \xe9"}, trust_env=False)
     assert answer.status_code == 401
