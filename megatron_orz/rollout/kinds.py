@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.client import ServerClient
-from megatron_orz.rollout.node_servers import RemoteServer, ServerNode
+from megatron_orz.rollout.node_servers import RemoteNode, RemoteServer
 from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import Sender
 from megatron_orz.rollout.servers import InferenceServer
@@ -26,7 +26,7 @@ ServerKind: TypeAlias = Literal["vllm", "sglang"]
 
 
 def server_runs(
-    kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path, nodes: Sequence[ServerNode] = ()
+    kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path, nodes: Sequence[RemoteNode] = ()
 ) -> list[tuple[str, Callable[[int], Running]]]:
     """A name for each server, and what starts or finds it (see `Replica`). nodes: those but this one with servers."""
     if fleet.urls:
@@ -105,7 +105,7 @@ def _start(
 
 
 def _start_remote(
-    kind: ServerKind, number: int, node: ServerNode, url: str, fleet: FleetConfig, num_restarts: int
+    kind: ServerKind, number: int, node: RemoteNode, url: str, fleet: FleetConfig, num_restarts: int
 ) -> Running:
     process = RemoteServer(
         url, node=node, number=number, num_restarts=num_restarts, start_timeout_s=fleet.start_timeout_s

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout.client import ServerClient
-from megatron_orz.rollout.node_servers import ServerNode
+from megatron_orz.rollout.node_servers import RemoteNode
 from megatron_orz.rollout.server_group import Sender
 from megatron_orz.types import Metrics, NamedWeights
 
@@ -47,7 +47,7 @@ class NodeSenders:
         connect: Callable[[Sequence[ServerClient]], Sender],
         find: Callable[[str], ServerClient],
         *,
-        nodes: Sequence[ServerNode],
+        nodes: Sequence[RemoteNode],
         ranks: Ranks,
     ) -> None:
         self._connect = connect

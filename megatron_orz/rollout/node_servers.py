@@ -28,13 +28,14 @@ from megatron_orz.rollout.token import authorization
 
 _ORDER_TIMEOUT_S = 30.0
 """To end a server, and to start it anew, takes up to half of this."""
+_CONNECT_TIMEOUT_S = 5.0
 _MAX_ORDER_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerNode:
+class RemoteNode:
     """A node other than that of rank 0, as it tells rank 0."""
 
     rank: int
@@ -104,7 +105,7 @@ class RemoteServer(ServerProcess):
     number: of the server in the run.
     """
 
-    def __init__(self, url: str, *, node: ServerNode, number: int, num_restarts: int, start_timeout_s: float) -> None:
+    def __init__(self, url: str, *, node: RemoteNode, number: int, num_restarts: int, start_timeout_s: float) -> None:
         """Starts nothing; `wait_until_healthy` does."""
         super().__init__(url, start_timeout_s=start_timeout_s)
         self._node_url = node.url
@@ -157,7 +158,7 @@ class RemoteServer(ServerProcess):
             f"{self._node_url}/{order}",
             json={"server": self._number, **content},
             headers=authorization(),
-            timeout=timeout_s,
+            timeout=httpx.Timeout(timeout_s, connect=_CONNECT_TIMEOUT_S),
             trust_env=False,
         )
         answer: dict[str, Any] = response.json()

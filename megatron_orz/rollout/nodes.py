@@ -20,7 +20,7 @@ from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.ranks import Ranks
 from megatron_orz.rollout.kinds import ServerKind, server_log, start_server
 from megatron_orz.rollout.meeting import address_towards
-from megatron_orz.rollout.node_servers import NodeServers, ServerNode
+from megatron_orz.rollout.node_servers import NodeServers, RemoteNode
 from megatron_orz.rollout.servers import InferenceServer, choose_ports
 from megatron_orz.rollout.token import server_token, share_token
 
@@ -28,7 +28,7 @@ from megatron_orz.rollout.token import server_token, share_token
 @contextmanager
 def open_nodes(
     kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path, ranks: Ranks
-) -> Iterator[list[ServerNode]]:
+) -> Iterator[list[RemoteNode]]:
     """The nodes but that of rank 0 in their order; none where one node has all servers, or others started them.
 
     Collective. Raises ValueError where the servers cannot be spread evenly.
@@ -50,7 +50,7 @@ def open_nodes(
 
 def _open_node(
     stack: ExitStack, kind: ServerKind, share: FleetConfig, model: ModelConfig, run_dir: Path, *, node: int, rank: int
-) -> ServerNode:
+) -> RemoteNode:
     address = address_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     port = choose_ports(address, share.port, count=share.num_servers, options="fleet.port")
     first = node * share.num_servers
@@ -61,7 +61,7 @@ def _open_node(
         return start_server(kind, number - first, started, model, log_path=log_path, host=address)
 
     servers = stack.enter_context(NodeServers(address, range(first, first + share.num_servers), start))
-    return ServerNode(
+    return RemoteNode(
         rank=rank,
         name=socket.gethostname(),
         url=servers.url,

@@ -21,7 +21,7 @@ from megatron_orz.ranks import Ranks
 from megatron_orz.rollout import kinds, nodes, replica
 from megatron_orz.rollout.client import ServerClient
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
-from megatron_orz.rollout.node_servers import NodeServers, RemoteServer, ServerNode
+from megatron_orz.rollout.node_servers import NodeServers, RemoteNode, RemoteServer
 from megatron_orz.rollout.server_group import ServerGroup
 from megatron_orz.rollout.servers import InferenceServer, Launch, ServerError, free_port
 from megatron_orz.types import RepeatableWeights, Rollout
@@ -43,7 +43,7 @@ def start_stand_in(
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[ServerNode]:
+def node(tmp_path: Path) -> Iterator[RemoteNode]:
     """A node with servers 2 and 3, of which the second cannot start."""
     port = free_port()
 
@@ -54,10 +54,10 @@ def node(tmp_path: Path) -> Iterator[ServerNode]:
         return start_stand_in("vllm", 0, config, model_config(tmp_path), log_path=tmp_path / f"{num_restarts}.log")
 
     with NodeServers("127.0.0.1", [2, 3], start) as servers:
-        yield ServerNode(rank=1, name="b", url=servers.url, server_urls=(f"http://127.0.0.1:{port}",))
+        yield RemoteNode(rank=1, name="b", url=servers.url, server_urls=(f"http://127.0.0.1:{port}",))
 
 
-def remote(node: ServerNode, number: int, num_restarts: int = 0) -> RemoteServer:
+def remote(node: RemoteNode, number: int, num_restarts: int = 0) -> RemoteServer:
     return RemoteServer(node.server_urls[0], node=node, number=number, num_restarts=num_restarts, start_timeout_s=20)
 
 
@@ -67,7 +67,7 @@ def children() -> list[psutil.Process]:
     return [process for process in found if process.cmdline()[2:3] == [stand_in.__file__]]
 
 
-def test_a_remote_server_starts_dies_and_starts_again_at_its_place(node: ServerNode, tmp_path: Path) -> None:
+def test_a_remote_server_starts_dies_and_starts_again_at_its_place(node: RemoteNode, tmp_path: Path) -> None:
     server = remote(node, 2)
     server.wait_until_healthy()
     server.check_alive()
@@ -87,7 +87,7 @@ def test_a_remote_server_starts_dies_and_starts_again_at_its_place(node: ServerN
         again.check_alive()
 
 
-def test_what_a_node_refuses_is_told_in_its_words(node: ServerNode) -> None:
+def test_what_a_node_refuses_is_told_in_its_words(node: RemoteNode) -> None:
     with pytest.raises(ValueError, match="node b: there is no model"):
         remote(node, 3).wait_until_healthy()
     order = {"server": 2, "num_restarts": 0}
@@ -97,7 +97,7 @@ def test_what_a_node_refuses_is_told_in_its_words(node: ServerNode) -> None:
 
 
 def test_a_node_that_is_gone_cannot_start_a_server_and_says_nothing_of_one() -> None:
-    gone = ServerNode(rank=1, name="b", url=f"http://127.0.0.1:{free_port()}", server_urls=("http://127.0.0.1:1",))
+    gone = RemoteNode(rank=1, name="b", url=f"http://127.0.0.1:{free_port()}", server_urls=("http://127.0.0.1:1",))
     server = remote(gone, 2)
     with pytest.raises(ServerError, match=r"node b cannot be told at .* to start server 2: ConnectError"):
         server.wait_until_healthy()
