@@ -57,6 +57,7 @@ class NodeServers:
     def __init__(self, address: str, servers: Sequence[int], start: Callable[[int, int], InferenceServer]) -> None:
         self._places = {server: _Place() for server in servers}
         self._start = start
+        self._is_closed = False
         self._http = _OrderServer((address, 0), self)
         self.url = f"http://{address}:{self._http.server_port}"
         self._thread = threading.Thread(target=self._http.serve_forever, name="node-servers", daemon=True)
@@ -69,6 +70,8 @@ class NodeServers:
             match order:
                 case "/start":
                     place.end()
+                    if self._is_closed:  # an order that was under way meanwhile
+                        raise ServerError("the node's servers are ended, with its ranks")
                     place.process = self._start(number, content["num_restarts"])
                     return {}
                 case "/stop":
@@ -83,6 +86,7 @@ class NodeServers:
 
     def close(self) -> None:
         """Takes no more orders, and ends all servers."""
+        self._is_closed = True
         self._http.shutdown()
         self._http.server_close()
         for place in self._places.values():

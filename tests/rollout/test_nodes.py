@@ -182,7 +182,7 @@ def _use_two_nodes(run_dir: Path) -> None:
             assert fleet.metrics()["fleet/servers_up"] == 4
 
         # What fails although all servers live ends the update on every rank, with the reason.
-        def refuse() -> None:
+        def refuse(*args: object) -> None:
             raise RuntimeError("digests differ")
 
         if rank == 1:
@@ -192,6 +192,14 @@ def _use_two_nodes(run_dir: Path) -> None:
         # All ranks have left the iterator at its end, and work together again.
         fleet.update_weights(weights(), 4)
         check(4)
+
+        # So they do where rank 0 fails before there is anything for the others to take part in.
+        if isinstance(group := fleet._servers, ServerGroup):
+            group._connect = refuse  # type: ignore[assignment]
+            group._drop_sender()
+        with pytest.raises(RuntimeError, match="." if rank == 0 else "the weight update failed on rank 0"):
+            fleet.update_weights(weights(), 5)
+        assert not any(version == 5 for _, version, _ in Sender.sent)
     assert children() == []
     dist.destroy_process_group()
 
