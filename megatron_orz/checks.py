@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoTokenizer
 
-from megatron_orz.command_line import rank, world_size
+from megatron_orz.command_line import num_nodes, rank, world_size
 from megatron_orz.config import Config, SupervisedConfig
 from megatron_orz.data.prompts import check_vocabulary, load_prompts
 from megatron_orz.engine.architecture import Architecture, read_architecture
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 def check_models(config: Config) -> PreTrainedTokenizerBase:
     """Checks models, layout and tokenizers against each other, and returns the tokenizer. Raises ValueError."""
     of_policy = _check_model(config, config.policy.path)
+    if config.fleet.kind != "local" and not config.fleet.urls:
+        config.fleet.of_node(num_nodes())
     if config.fleet.colocated and torch.cuda.is_available():
         check_colocated(
             config,

@@ -112,3 +112,8 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes torchrun starts."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def num_nodes() -> int:
+    """On how many nodes torchrun starts them, as many on each."""
+    return world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))

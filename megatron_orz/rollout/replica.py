@@ -21,7 +21,7 @@ import httpx
 
 from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.client import GenerationRequest, ServerClient
-from megatron_orz.rollout.servers import DeadlineError, InferenceServer, RefusedError, ServerError, UnreachableError
+from megatron_orz.rollout.servers import DeadlineError, RefusedError, ServerError, ServerProcess, UnreachableError
 from megatron_orz.types import Rollout
 
 Phase: TypeAlias = Literal["starting", "up", "down", "lost"]
@@ -41,7 +41,7 @@ class Running:
     """A server that may be talked to, and its process where this run started it."""
 
     client: ServerClient
-    process: InferenceServer | None
+    process: ServerProcess | None
 
     def wait_until_healthy(self) -> None:
         """Returns when the server answers. Raises ServerError when it ends, or takes too long."""
@@ -268,7 +268,7 @@ class Replica:
             self._suspicion.clear()
             assert self._running is not None
             try:
-                self._running.check_alive()
+                await asyncio.to_thread(self._running.check_alive)
             except ServerError as error:
                 return str(error)
             try:

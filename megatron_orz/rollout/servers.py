@@ -7,6 +7,7 @@ import random
 import socket
 import tempfile
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,55 @@ class Launch:
     command: Sequence[str]
     environment: Mapping[str, str]
     port: int
+    host: str = "127.0.0.1"
+    """The address of this machine that the server listens on."""
 
 
-class InferenceServer(Closeable):
-    """A server process of this run, on a loopback port; a context manager that stops it with all its processes."""
+class ServerProcess(Closeable):
+    """A server of this run, on this node or on another one."""
+
+    def __init__(self, url: str, *, start_timeout_s: float) -> None:
+        self.url = url
+        self._start_timeout_s = start_timeout_s
+
+    def wait_until_healthy(self, on_wait: Callable[[float], None] = lambda elapsed_s: None) -> None:
+        """Returns when the server answers; calls `on_wait(elapsed_s)` a few times a second until then.
+
+        Raises ServerError as soon as the server ends, and when it takes longer than fleet.start_timeout_s.
+        """
+        started = time.monotonic()
+        while not self._is_healthy():
+            elapsed_s = time.monotonic() - started
+            self.check_alive(wait_s=_HEALTH_POLL_S, during="its start")
+            if elapsed_s > self._start_timeout_s:
+                raise ServerError(
+                    f"the server did not answer within fleet.start_timeout_s = {self._start_timeout_s:g} s; "
+                    f"raise it, or look for the reason in {self.describe_log()}"
+                )
+            on_wait(elapsed_s)
+
+    @abstractmethod
+    def check_alive(self, *, wait_s: float = 0.0, during: str = "the run") -> None:
+        """Raises ServerError with the end of the log when the server has ended, or ends within `wait_s`."""
+
+    @abstractmethod
+    def describe_log(self) -> str:
+        """Where the server writes, and the end of that."""
+
+    def _is_healthy(self) -> bool:
+        try:
+            answer = httpx.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == httpx.codes.OK
+
+
+class InferenceServer(ServerProcess):
+    """A server process of this run on this machine; a context manager that stops it with all its processes."""
 
     def __init__(self, launch: Launch, *, start_timeout_s: float, log_path: Path) -> None:
         """Starts the process; `wait_until_healthy` returns when it answers."""
-        self.url = f"http://127.0.0.1:{launch.port}"
-        self._start_timeout_s = start_timeout_s
+        super().__init__(f"http://{launch.host}:{launch.port}", start_timeout_s=start_timeout_s)
         # Servers leave their sockets where they are.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-orz-", ignore_cleanup_errors=True)
         self._process = SupervisedProcess(
@@ -84,41 +125,19 @@ class InferenceServer(Closeable):
         """The process above all of the server's."""
         return self._process.pid
 
-    def wait_until_healthy(self, on_wait: Callable[[float], None] = lambda elapsed_s: None) -> None:
-        """Returns when the server answers; calls `on_wait(elapsed_s)` a few times a second until then.
-
-        Raises ServerError as soon as the server ends, and when it takes longer than fleet.start_timeout_s.
-        """
-        started = time.monotonic()
-        while not self._is_healthy():
-            elapsed_s = time.monotonic() - started
-            self.check_alive(wait_s=_HEALTH_POLL_S, during="its start")
-            if elapsed_s > self._start_timeout_s:
-                raise ServerError(
-                    f"the server did not answer within fleet.start_timeout_s = {self._start_timeout_s:g} s; "
-                    f"raise it, or look for the reason in {self._log()}"
-                )
-            on_wait(elapsed_s)
-
     def check_alive(self, *, wait_s: float = 0.0, during: str = "the run") -> None:
         """Raises ServerError with the end of the log when the server has ended, or ends within `wait_s`."""
         exit_code = self._process.exit_code(wait_s=wait_s)
         if exit_code is not None:
-            raise ServerError(f"the server ended with exit code {exit_code} during {during}; see {self._log()}")
+            raise ServerError(f"the server ended with exit code {exit_code} during {during}; see {self.describe_log()}")
 
     def close(self) -> None:
         """Ends all processes of the server, and removes its temporary files."""
         self._process.close()
         self._scratch.cleanup()
 
-    def _is_healthy(self) -> bool:
-        try:
-            answer = httpx.get(f"{self.url}/health", timeout=_HEALTH_TIMEOUT_S, trust_env=False)
-        except httpx.TransportError:
-            return False
-        return answer.status_code == httpx.codes.OK
-
-    def _log(self) -> str:
+    def describe_log(self) -> str:
+        """Its path, what went wrong in it, and its last lines."""
         return f"{self.log_path}:\n{self._process.last_words()}"
 
 
@@ -139,6 +158,28 @@ def visible_gpus(gpus: Sequence[int], *, visible: str | None) -> str:
     return ",".join(names[gpu] for gpu in gpus)
 
 
+def choose_ports(address: str, port: int, *, count: int, options: str) -> int:
+    """The first of `count` ports of this address that follow each other and are free: `port`, or any for 0.
+
+    options: what sets the ports. Raises ValueError when one of them is in use. Those chosen here are none of those that
+    the system gives to outgoing connections.
+    """
+    if port:
+        for taken in (candidate for candidate in range(port, port + count) if not _is_free(address, candidate)):
+            raise ValueError(
+                f"port {taken} of {address} is in use on node {socket.gethostname()}; set {options} to others, or to "
+                "0 for any"
+            )
+        return port
+    for candidate in random.SystemRandom().sample(PORTS[:-count], 100):
+        if all(_is_free(address, candidate + offset) for offset in range(count)):
+            return candidate
+    raise ValueError(
+        f"no free ports were found on node {socket.gethostname()} from {PORTS.start} to {PORTS.stop - 1}; end what "
+        f"listens there, or set {options}"
+    )
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on at the moment.
 
@@ -152,3 +193,14 @@ def free_port() -> int:
                 continue
             return port
     raise OSError(f"no free port was found from {PORTS.start} to {PORTS.stop - 1}; set fleet.port")
+
+
+def _is_free(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        # As those who will listen there do: a connection of yesterday that still closes is no obstacle.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+    return True

@@ -12,7 +12,7 @@ from megatron_orz.rollout import INITIAL_VERSION
 from megatron_orz.rollout.servers import MODEL_NAME, Launch, base_environment, free_port, visible_gpus
 
 
-def sglang_launch(model: ModelConfig, fleet: FleetConfig, *, index: int) -> Launch:
+def sglang_launch(model: ModelConfig, fleet: FleetConfig, *, index: int, host: str = "127.0.0.1") -> Launch:
     """How the `index`-th server of a fleet is started. Raises ValueError for what cannot start."""
     if importlib.util.find_spec("sglang") is None:
         raise ValueError(
@@ -25,15 +25,15 @@ def sglang_launch(model: ModelConfig, fleet: FleetConfig, *, index: int) -> Laun
     gpus = fleet.server_gpus(index, num_gpus=torch.cuda.device_count())
     environment["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus, visible=environment.get("CUDA_VISIBLE_DEVICES"))
     port = fleet.port + index if fleet.port else free_port()
-    return Launch(command=_command(model, fleet, port=port), environment=environment, port=port)
+    return Launch(command=_command(model, fleet, host=host, port=port), environment=environment, port=port, host=host)
 
 
-def _command(model: ModelConfig, fleet: FleetConfig, *, port: int) -> list[str]:
+def _command(model: ModelConfig, fleet: FleetConfig, *, host: str, port: int) -> list[str]:
     """The command line; what a request must not be able to change is fixed here."""
     return [
         *(sys.executable, "-m", "megatron_orz.rollout.sglang_main"),
         *("--model-path", str(model.path), "--served-model-name", MODEL_NAME),
-        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--host", host, "--port", str(port)),
         *("--dtype", fleet.dtype or model.dtype, "--context-length", str(fleet.max_model_tokens)),
         *("--tp-size", str(fleet.server_tp)),
         *(("--max-running-requests", str(fleet.max_running)) if fleet.max_running else ()),

@@ -18,6 +18,12 @@ def server_token() -> str:
     return os.environ.get(TOKEN_VARIABLE) or secrets.token_urlsafe(32)
 
 
+def share_token(token: str) -> None:
+    """Makes the token of rank 0 that of this process, and of the servers it starts."""
+    os.environ[TOKEN_VARIABLE] = token
+    server_token.cache_clear()
+
+
 def authorization() -> dict[str, str]:
     """The header of every request."""
     return {"Authorization": f"Bearer {server_token()}"}

@@ -45,6 +45,7 @@ def vllm_launch(
         command=[*_command(model, fleet, host=host, port=port, on_cuda=on_cuda), *transfer_arguments],
         environment=environment,
         port=port,
+        host=host,
     )
 
 

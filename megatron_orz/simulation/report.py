@@ -29,7 +29,8 @@ COSTS = ("sync costs", "stragglers", "spread")
 
 def outcome_table(profile: Profile, outcomes: Outcomes) -> Table:
     """A line for each mode on each number of GPUs, at its best split; gains are over the first mode."""
-    table = terminal.table(f"{profile.name}: a step, at the best split of the GPUs", COLUMNS[:2], (*COLUMNS[2:], *COSTS))
+    title = f"{profile.name}: a step, at the best split of the GPUs"
+    table = terminal.table(title, COLUMNS[:2], (*COLUMNS[2:], *COSTS))
     for of_modes in outcomes.values():
         for outcome in of_modes:
             cells = _cells(outcome, first=of_modes[0])

@@ -10,7 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from megatron_orz.launch.node import choose_ports
+from megatron_orz.rollout.servers import choose_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 DONE = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -67,7 +67,7 @@ class SlurmCluster:
         self._end()
 
     def _start(self) -> None:
-        home, port = self._home, choose_ports("127.0.0.1", 0, count=self._num_nodes + 1)
+        home, port = self._home, choose_ports("127.0.0.1", 0, count=self._num_nodes + 1, options="")
         for folder in ("munge", "state", "spool", "log"):
             (home / folder).mkdir(parents=True)
         key = home / "munge/key"

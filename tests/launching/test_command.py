@@ -61,7 +61,7 @@ def test_an_example_is_what_its_command_generates_and_a_sound_script(path: Path,
 def test_there_are_examples_for_1_2_4_and_16_nodes() -> None:
     names = [path.stem for path in SCRIPTS]
     assert all(any(f"_{count}node" in name for name in names) for count in (1, 2, 4, 16))
-    assert any("colocated" in name for name in names)
+    assert all(any(f"_{count}node" in name and "colocated" in name for name in names) for count in (1, 2, 4, 16))
     assert any("container" in name for name in names)
     assert any(name.endswith("_het") for name in names)
 
@@ -118,9 +118,16 @@ def test_options_with_spaces_and_quotes_reach_the_recipe_whole(launch: Launch, t
         ),
         (
             ["examples/orz_0p5b.py", "--slurm", "--gpus-per-node", "4"],
-            "the recipe starts 8 servers of 1 GPUs beside its first rank, and a node has --gpus-per-node 4",
+            "the recipe starts 8 servers of 1 GPUs beside the ranks of every node, which has --gpus-per-node 4",
         ),
-        (["examples/orz_0p5b.py", "--slurm", "--nodes", "2"], "starts its servers on the first of 2 nodes"),
+        (
+            ["examples/orz_0p5b.py", "--slurm", "--nodes", "3"],
+            "fleet.num_servers 8 cannot be spread evenly over the 3 nodes of the ranks; set it to a multiple of 3",
+        ),
+        (
+            ["examples/orz_0p5b.py", "--slurm", "--nodes", "2", "--", "--fleet.server-tp", "4"],
+            "the recipe starts 4 servers of 4 GPUs beside the ranks of every node, which has --gpus-per-node 8",
+        ),
         (
             ["examples/demo.py", "--slurm", "--nodes", "2", "--server-nodes", "1", "--", "--fleet.kind", "local"],
             "--server-nodes 1 starts vLLM servers, and fleet.kind is local",
@@ -138,7 +145,10 @@ def test_options_with_spaces_and_quotes_reach_the_recipe_whole(launch: Launch, t
             ["examples/demo.py", "--slurm", "--container", "apptainer", "--image", "none.sif"],
             "there is no image none.sif; build it, or set --image",
         ),
-        (["examples/demo.py", "--local", "--nodes", "2"], "starts its servers on the first of 2 nodes"),
+        (
+            ["examples/demo.py", "--local", "--nodes", "2", "--", "--fleet.num-servers", "2"],
+            "--local has one machine, and --nodes 2 with --server-nodes 0 asks for more",
+        ),
         (
             ["examples/demo.py", "--local", "--gpus-per-node", "64"],
             "the job needs 64 GPUs, and this machine has",
@@ -162,6 +172,33 @@ def test_bad_input_is_one_sentence_before_anything_starts(
     # tyro says in a box of its own what a dataclass finds wrong with its fields.
     assert said.count("error: ") + said.count(" Value error ") == 1
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modules", "cuda/12.8"], "error: there is no module cuda/12.8 on "),
+        (["--container", "pyxis", "--image", "none.sqsh"], "error: there is no image none.sqsh on "),
+        (["--venv", "nowhere"], "error: there is no nowhere/bin/python on "),
+    ],
+)
+def test_software_that_a_node_lacks_ends_the_batch_script_before_anything_starts(
+    options: list[str], message: str, launch: Launch, tmp_path: Path
+) -> None:
+    code, script, said = launch("examples/demo.py", "--slurm", "--dry-run", *options)
+    assert code == 0, said
+    # Whatever the script would start leaves a file. There is no module command, as on a node without that software.
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\ntouch started\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-s"], input=script, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"srun", "scontrol"}
 
 
 def test_a_run_directory_in_use_is_refused_with_its_owner(launch: Launch, tmp_path: Path) -> None:

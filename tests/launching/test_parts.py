@@ -9,15 +9,17 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_orz.launch.exchange import check_clocks
-from megatron_orz.launch.node import Node, check_equal, choose_ports, node_address
+from megatron_orz.launch.node import Node, check_equal, node_address
 from megatron_orz.launch.notices import NodeError, Notices
 from megatron_orz.launch.processes import Process, ProcessGroup, Signals
 from megatron_orz.launch.ray_cluster import check_cluster
+from megatron_orz.rollout.servers import choose_ports
 
 NODE = Node(
     name="a", address="10.0.0.1", gpus=["H200, 141 GiB"] * 8, versions={"torch": "2.13"}, source="f00", free_gib=50.0
@@ -90,12 +92,15 @@ def test_this_node_tells_the_same_twice_and_what_the_system_says(tmp_path: Path)
 
 
 def test_a_port_in_use_is_refused_and_free_ones_follow_each_other() -> None:
-    first = choose_ports("127.0.0.1", 0, count=3)
-    assert choose_ports("127.0.0.1", first, count=3) == first
+    choose = partial(choose_ports, "127.0.0.1", options="--server-port")
+    first = choose(0, count=3)
+    assert choose(first, count=3) == first
     with socket.create_server(("127.0.0.1", first + 2)):
-        assert choose_ports("127.0.0.1", first, count=2) == first
-        with pytest.raises(ValueError, match=f"port {first + 2} of 127.0.0.1 is in use"):
-            choose_ports("127.0.0.1", first, count=3)
+        assert choose(first, count=2) == first
+        with pytest.raises(
+            ValueError, match=rf"port {first + 2} of 127.0.0.1 is in use .* set --server-port to others"
+        ):
+            choose(first, count=3)
 
 
 def test_an_interface_gives_the_address(monkeypatch: pytest.MonkeyPatch) -> None:

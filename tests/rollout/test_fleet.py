@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -21,6 +22,10 @@ class EchoServers:
     """Answers every prompt with itself, and fails at the second weight of version 9."""
 
     version = -1
+    woken = 0.0
+
+    def wake(self, what: str) -> None:
+        self.woken = time.monotonic()
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         self.version = version
@@ -81,6 +86,13 @@ def _use_fleet() -> None:
     message = "no more rollouts" if is_main else "generation failed on rank 0: ValueError: no more rollouts"
     with pytest.raises(ValueError if is_main else RuntimeError, match=message):
         fleet.generate(prompts, num_responses=2, seed=9)
+
+    # Servers take memory when the last rank has given up its own: on one machine, the clock is everybody's.
+    given_up = fleet._ranks.gather(0.0 if is_main else time.monotonic() + 0.2)
+    if not is_main:
+        time.sleep(0.2)
+    fleet.wake("kv_cache")
+    assert servers is None or servers.woken >= max(given_up)
 
     message = "the server is gone" if is_main else "the weight update failed on rank 0: ConnectionError"
     with pytest.raises(ConnectionError if is_main else RuntimeError, match=message):

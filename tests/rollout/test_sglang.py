@@ -185,7 +185,7 @@ def test_the_token_comes_after_the_arguments_are_read_and_does_not_show(
     """A process of its own: what SGLang imports and replaces stays there."""
     if not HAS_SGLANG:
         pytest.skip("sglang cannot be imported")
-    command = _command(model_config(tmp_path), FleetConfig(kind="sglang"), port=1)
+    command = _command(model_config(tmp_path), FleetConfig(kind="sglang", max_running=16), host="127.0.0.1", port=1)
     script = "from tests.rollout.sglang_app import print_server_args; print_server_args()"
     environment = base_environment() | {TOKEN_VARIABLE: "a-secret"}
     arguments = [*command[command.index("--model-path") :], "--device", "cpu"]
@@ -226,7 +226,7 @@ def test_the_command_line_and_the_counter_are_sglangs_own(tmp_path: Path) -> Non
     collector = (root / "observability" / "metrics_collector.py").read_text()
     assert all(f'name="{metric}"' in collector for metric in SGLangClient.progress_metrics)
     arguments = "".join(file.read_text() for file in [root / "server_args.py", *(root / "arg_groups").rglob("*.py")])
-    command = _command(model_config(tmp_path), FleetConfig(kind="sglang", max_running=16), port=1)
+    command = _command(model_config(tmp_path), FleetConfig(kind="sglang", max_running=16), host="127.0.0.1", port=1)
     for flag in (part for part in command if part.startswith("--")):
         name = flag.removeprefix("--")
         assert f'"{flag}"' in arguments or f" {name.replace('-', '_')}:" in arguments, flag
