@@ -208,7 +208,7 @@ def test_a_run_with_a_real_server_loses_nothing(zygote: Zygote, tmp_path: Path, 
     long = ["--sampling.stop", "--sampling.max-response-tokens", "400", "--fleet.max-model-tokens", "512"]
     pack = ["--data.max-pack-tokens", "1024", "--fleet.kv-cache-gib", "0.25"]
     story = Story(tmp_path, mode)
-    for plan in (Plan("policy:start", 4), Plan("sync:start", 2, signal=signal.SIGTERM), Plan("generate:start", 2)):
+    for plan in (Plan("policy:start", 4), Plan("sync:start", 2, signal=signal.SIGTERM), Plan("generate:start", 1)):
         assert story.run(zygote, recipe, plan, more=[*long, *pack])
     assert not story.run(zygote, recipe, NEVER, more=[*long, *pack])
     story.check()
