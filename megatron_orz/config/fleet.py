@@ -62,7 +62,7 @@ class FleetConfig:
     transport: TransportKind = "auto"
     """How weights reach the servers: `ipc` (shared memory, one machine, vLLM), `nccl`, `gloo`, or `disk` (a folder all
     see); `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs; for SGLang it is
-    nccl where there are GPUs and `colocated` is off, else disk."""
+    nccl where there are GPUs and no server is on that of rank 0, else disk."""
     verification: Verification = "sampled"
     """What of each weight update is read back from the servers and compared: `sampled` is all tensors at first, then
     every sixteenth in turn; `full` is always all. SGLang gives none back."""

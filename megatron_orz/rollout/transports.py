@@ -36,18 +36,23 @@ def choose_transport(fleet: FleetConfig) -> TransportKind:
         )
     if fleet.transport == "nccl" and not has_gpus:
         raise ValueError("fleet.transport is nccl, but there is no GPU here; set ipc, gloo or disk")
-    if fleet.transport == "nccl" and fleet.colocated:
+    if fleet.transport == "nccl" and _shares_gpu(fleet):
         raise ValueError(
-            "fleet.transport is nccl, which joins every GPU once, and fleet.colocated has trainer and servers on the "
-            "same; set ipc (vllm), gloo or disk"
+            "fleet.transport is nccl, whose groups hold every GPU once, and a server gets the first, which rank 0 has; "
+            "name others in fleet.gpus, or set fleet.transport to ipc (vllm), gloo or disk"
         )
     if fleet.transport != "auto":
         return fleet.transport
     if fleet.kind == "sglang":
-        return "nccl" if has_gpus and not fleet.colocated else "disk"
+        return "nccl" if has_gpus and not _shares_gpu(fleet) else "disk"
     if is_one_machine:
         return "ipc"
     return "nccl" if has_gpus else "gloo"
+
+
+def _shares_gpu(fleet: FleetConfig) -> bool:
+    """Whether a server that the run starts is on the GPU of rank 0, which is the first."""
+    return not fleet.urls and (not fleet.gpus or 0 in fleet.gpus)
 
 
 def build_transport(kind: TransportKind, *, folder: Path) -> Transport:

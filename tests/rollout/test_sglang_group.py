@@ -121,9 +121,11 @@ def test_a_server_that_cannot_join_as_a_whole_is_refused() -> None:
 @pytest.mark.parametrize(
     ("has_gpus", "fleet", "expected"),
     [
-        (True, {}, "nccl"),
+        (True, {"urls": ("http://127.0.0.1:8000",)}, "nccl"),
+        (True, {"gpus": (4, 5), "server_tp": 2}, "nccl"),
+        (True, {"gpus": (1, 0), "server_tp": 2}, "disk"),
+        (True, {}, "disk"),
         (False, {}, "disk"),
-        (True, {"colocated": True}, "disk"),
         (False, {"transport": "gloo"}, "gloo"),
         (True, {"transport": "disk"}, "disk"),
     ],
@@ -139,8 +141,8 @@ def test_a_transport_that_sglang_does_not_receive_by_is_refused(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"ipc, by which SGLang's servers get no weights; set nccl, gloo or disk"):
         choose_transport(FleetConfig(kind="sglang", transport="ipc"))
-    with pytest.raises(ValueError, match=r"nccl, which joins every GPU once, and fleet\.colocated"):
-        choose_transport(FleetConfig(kind="sglang", transport="nccl", colocated=True))
+    with pytest.raises(ValueError, match=r"a server gets the first, which rank 0 has; name others in fleet\.gpus"):
+        choose_transport(FleetConfig(kind="sglang", transport="nccl"))
 
 
 @pytest.mark.gpu
