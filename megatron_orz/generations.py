@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_orz.types import FinishReason
+from megatron_orz.types import FinishReason, Swap
 from megatron_orz.whole_file import whole_file
 
 GENERATIONS = "generations"
@@ -48,6 +48,9 @@ class Generation:
     num_prompt_tokens: int
     num_response_tokens: int
     policy_version: int
+    """Of the weights that sampled the first token."""
+    swaps: tuple[Swap, ...] = ()
+    """Where newer weights took over, in order. A file may lack them: it tells of none."""
     reflection: list[str]
     """The reflection patterns it holds."""
     repetition: float
@@ -72,6 +75,7 @@ SCHEMA = pa.schema(
         "num_prompt_tokens": pa.int32(),
         "num_response_tokens": pa.int32(),
         "policy_version": pa.int32(),
+        "swaps": pa.list_(pa.struct([("token", pa.int32()), ("version", pa.int32())])),
         "reflection": pa.list_(pa.string()),
         "repetition": pa.float32(),
         "prompt_ids": pa.list_(pa.int32()),
@@ -105,10 +109,10 @@ def read_generations(path: Path) -> Iterator[Generation]:
     """The rows of a file, in order. Raises ValueError for what is no file of generations."""
     try:
         with pq.ParquetFile(path) as file:
-            if missing := set(SCHEMA.names) - set(file.schema_arrow.names):
+            if missing := set(SCHEMA.names) - {"swaps"} - set(file.schema_arrow.names):
                 raise ValueError(f"{path} has no column {', '.join(sorted(missing))}; give a file of {GENERATIONS}/")
             for batch in file.iter_batches(batch_size=ROWS_TOGETHER, columns=SCHEMA.names):
-                yield from (Generation(**row) for row in batch.to_pylist())
+                yield from map(_generation, batch.to_pylist())
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}; give a file of {GENERATIONS}/") from error
 
@@ -125,6 +129,10 @@ def find_generations(path: Path) -> list[Path]:
             "set generations.interval to 1 or more for a run to save them"
         )
     return files
+
+
+def _generation(row: dict[str, Any]) -> Generation:
+    return Generation(**row | {"swaps": tuple(Swap(**swap) for swap in row.get("swaps", ()))})
 
 
 def _writer(file: BinaryIO) -> pq.ParquetWriter:

@@ -292,6 +292,7 @@ def config(*, ppo: dict[str, Any], fleet: dict[str, Any]) -> Config:
         ({"max_staleness": -1}, {}, r"ppo\.max_staleness -1 is negative"),
         ({}, {"swaps_within_responses": True}, r"ppo\.max_staleness 0 waits for all of them"),
         ({"max_staleness": 1}, {"kind": "sglang", "swaps_within_responses": True}, "which fleet.kind sglang does not"),
+        ({}, {"kind": "sglang", "verification": "full"}, "full reads every tensor back, and SGLang's"),
         ({"max_staleness": 1}, {"kind": "local"}, "needs servers that compute beside the trainer"),
         ({"max_staleness": 1}, {"colocated": True}, "needs servers that compute beside the trainer"),
         ({"max_staleness": 1, "oversampling": 0.5}, {}, "asks for prompts steps ahead"),

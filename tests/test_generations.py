@@ -18,6 +18,7 @@ from megatron_orz.generations import (
     read_generations,
     write_generations,
 )
+from megatron_orz.types import Swap
 
 MIB = 2**20
 ONE = Generation(
@@ -36,6 +37,7 @@ ONE = Generation(
     num_prompt_tokens=3,
     num_response_tokens=2,
     policy_version=2,
+    swaps=(Swap(1, 3), Swap(2**20, 7)),
     reflection=["wait,"],
     repetition=0.25,
     prompt_ids=[1, 2, 3],
@@ -59,7 +61,8 @@ def random_generations(number: int, num_tokens: int) -> list[Generation]:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = generations_file(tmp_path, 3)
-    rows = [ONE, replace(ONE, extracted="", reflection=[], response="", response_ids=[]), *random_generations(200, 9)]
+    empty = replace(ONE, extracted="", reflection=[], response="", response_ids=[], swaps=())
+    rows = [ONE, empty, *random_generations(200, 9)]
     assert write_generations(rows, path, max_mib=1) == 0
     assert list(read_generations(path)) == rows
     assert [file.name for file in path.parent.iterdir()] == ["step-000003.parquet"]
@@ -105,6 +108,12 @@ def test_files_of_a_run_come_in_the_order_of_its_steps(tmp_path: Path) -> None:
     files = find_generations(tmp_path)
     assert [file.stem for file in files] == ["step-000009", "step-000010", "step-000100"]
     assert find_generations(files[1]) == [files[1]]
+
+
+def test_a_file_without_swaps_tells_of_none(tmp_path: Path) -> None:
+    write_generations([ONE], tmp_path / "some.parquet", max_mib=1)
+    pq.write_table(pq.read_table(tmp_path / "some.parquet").drop_columns(["swaps"]), tmp_path / "other.parquet")
+    assert list(read_generations(tmp_path / "other.parquet")) == [replace(ONE, swaps=())]
 
 
 def test_what_holds_no_generations_is_refused(tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def first(generations: Iterable[Generation], arguments: Arguments) -> list[Gener
 
 def steps_table(files: Sequence[Path], console: Console) -> Table:
     """What each step's file holds."""
-    columns = ("step", "rollouts", "prompts", "reward", "length", "cut", "reflecting", "repetition")
+    columns = ("step", "rollouts", "prompts", "versions", "reward", "length", "cut", "reflecting", "repetition")
     table = terminal.table(None, [], columns)
     with console.status("reading generations") as status:
         for file in files:
@@ -130,6 +130,7 @@ def steps_table(files: Sequence[Path], console: Console) -> Table:
                 str(rows[0].step),
                 f"{len(rows):,}",
                 f"{len({row.prompt_id for row in rows}):,}",
+                versions_of(rows),
                 f"{fmean(row.reward for row in rows):.3f}",
                 f"{fmean(row.num_response_tokens for row in rows):,.0f}",
                 f"{100 * fmean(row.finish_reason != 'stop' for row in rows):.0f} %",
@@ -137,6 +138,12 @@ def steps_table(files: Sequence[Path], console: Console) -> Table:
                 f"{fmean(row.repetition for row in rows):.3f}",
             )
     return table
+
+
+def versions_of(rows: Sequence[Generation]) -> str:
+    """The versions whose weights sampled any of the tokens, from the oldest to the newest."""
+    versions = {row.policy_version for row in rows} | {swap.version for row in rows for swap in row.swaps}
+    return ", ".join(map(str, sorted(versions)))
 
 
 def card(generation: Generation, *, max_characters: int) -> Panel:
@@ -147,7 +154,9 @@ def card(generation: Generation, *, max_characters: int) -> Panel:
         "answer": f"{generation.extracted} ({verdict}; reference {generation.answer})",
         "finish": generation.finish_reason,
         "tokens": f"{generation.num_prompt_tokens:,} + {generation.num_response_tokens:,}",
-        "version": str(generation.policy_version),
+        "version": ", ".join(
+            [str(generation.policy_version), *(f"{version} from token {token}" for token, version in generation.swaps)]
+        ),
         "repetition": f"{generation.repetition:.3f}",
         "reflection": " ".join(generation.reflection) or "-",
     }

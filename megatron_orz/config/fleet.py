@@ -62,11 +62,12 @@ class FleetConfig:
     dtype: DType | None = None
     """Type of the weights in servers that are started; by default the policy's."""
     transport: TransportKind = "auto"
-    """How weights reach the servers: `ipc` (shared memory, one machine), `nccl`, `gloo`, or `disk` (a folder all see);
-    `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs."""
+    """How weights reach the servers: `ipc` (shared memory, one machine, vLLM), `nccl`, `gloo`, or `disk` (a folder all
+    see); `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs; for SGLang it is
+    nccl where there are GPUs and no server is on that of rank 0, else disk."""
     verification: Verification = "sampled"
     """What of each weight update is read back from the servers and compared: `sampled` is all tensors at first, then
-    every sixteenth in turn; `full` is always all."""
+    every sixteenth in turn; `full` is always all. SGLang gives none back."""
     max_batch_rollouts: int = 512
     """Rollouts decoded together by the `local` fleet."""
 
@@ -112,6 +113,11 @@ class FleetConfig:
             self.kind == "vllm" or not self.swaps_within_responses,
             f"fleet.swaps_within_responses needs servers that say whose weights sampled a token, which fleet.kind "
             f"{self.kind} does not; set fleet.kind to vllm, or fleet.swaps_within_responses to false",
+        )
+        require(
+            self.kind != "sglang" or self.verification != "full",
+            "fleet.verification full reads every tensor back, and SGLang's servers give none; set it to off, or "
+            "fleet.kind to vllm",
         )
         require(len(set(self.urls)) == len(self.urls), f"fleet.urls {self.urls} names a server twice; name each once")
         num_servers = len(self.urls) or self.num_servers

@@ -92,6 +92,7 @@ def _generation(step: int, rollout: Rollout, traits: Traits, prompt: str, respon
         num_prompt_tokens=len(rollout.prompt.token_ids),
         num_response_tokens=len(rollout.response_ids),
         policy_version=rollout.policy_version,
+        swaps=rollout.swaps,
         reflection=list(traits.reflection),
         repetition=traits.repetition,
         prompt_ids=rollout.prompt.token_ids,

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from megatron_orz.config import FleetConfig, ModelConfig
+from megatron_orz.config import FleetConfig, ModelConfig, TransportKind
 from megatron_orz.rollout.client import ServerClient
 from megatron_orz.rollout.node_servers import RemoteNode, RemoteServer
 from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import Sender
 from megatron_orz.rollout.servers import InferenceServer
 from megatron_orz.rollout.sglang_client import SGLangClient
+from megatron_orz.rollout.sglang_group import GroupBackend, SGLangGroupSender
 from megatron_orz.rollout.sglang_sender import SGLangSender
 from megatron_orz.rollout.sglang_server import sglang_launch
 from megatron_orz.rollout.transport import WeightSender
@@ -53,11 +54,13 @@ def weight_sender(
 
     node: a folder for what this node writes, where several do.
     """
-    folder = run_dir / "weights" / node
-    if kind == "sglang":
+    folder, transport = run_dir / "weights" / node, choose_transport(fleet)
+    if kind == "vllm":
+        return partial(_connect_vllm, transport=transport, folder=folder, fleet=fleet)
+    if transport == "disk":
         return partial(SGLangSender, model_path=model.path, folder=folder, timeout_s=fleet.update_timeout_s)
-    choose_transport(fleet)
-    return partial(_connect_vllm, fleet=fleet, folder=folder)
+    assert transport in ("nccl", "gloo"), transport
+    return partial(_connect_sglang, backend=transport, timeout_s=fleet.update_timeout_s)
 
 
 def start_server(
@@ -113,15 +116,27 @@ def _start_remote(
     return Running(client=server_client(kind, url, fleet), process=process)
 
 
-def _connect_vllm(clients: Sequence[VLLMClient], *, fleet: FleetConfig, folder: Path) -> WeightSender:
+def _connect_vllm(
+    clients: Sequence[VLLMClient], *, transport: TransportKind, folder: Path, fleet: FleetConfig
+) -> WeightSender:
     """folder: of weights on their way over the disk."""
     sender = WeightSender(
         clients,
-        build_transport(choose_transport(fleet), folder=folder),
+        build_transport(transport, folder=folder),
         timeout_s=fleet.update_timeout_s,
         verification=fleet.verification,
         keeps_requests=fleet.swaps_within_responses,
     )
+    try:
+        sender.connect()
+    except RuntimeError:
+        sender.close()
+        raise
+    return sender
+
+
+def _connect_sglang(clients: Sequence[SGLangClient], *, backend: GroupBackend, timeout_s: float) -> SGLangGroupSender:
+    sender = SGLangGroupSender(clients, backend=backend, timeout_s=timeout_s)
     try:
         sender.connect()
     except RuntimeError:

@@ -81,6 +81,7 @@ class ServerGroup:
         self._sender: tuple[list[ServerClient], Sender] | None = None
         self._waits_for_all = False
         self._under_way: set[Future[Any]] = set()
+        self._in_order = asyncio.Lock()
 
     def listen(self, on_answer: OnAnswer) -> None:
         """Has `on_answer` called with the siblings of every prompt when it is answered, in the fleet's thread."""
@@ -200,7 +201,9 @@ class ServerGroup:
     ) -> dict[int, list[Rollout]]:
         if not requests:
             return {}
-        await self._check_versions()
+        async with self._in_order:
+            await self._check_versions()
+        # Nothing is awaited from here until the router has put the requests behind those that came before.
         answered = await self._router.answer(
             requests, num_needed=num_groups, answers=answers, in_background=in_background, on_rollout=on_rollout
         )

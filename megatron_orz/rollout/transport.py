@@ -9,11 +9,10 @@ The two halves of a transport, and the meeting where they keep step, know nothin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate, count
-from threading import Thread
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +23,7 @@ from megatron_orz.rollout.buckets import Bucket, fill_buckets
 from megatron_orz.rollout.meeting import Meeting, meeting_address
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.verification import SentDigests
+from megatron_orz.rollout.waiting import Deadline, first_error, in_background
 from megatron_orz.types import Metrics, NamedWeights
 
 BUCKET_BYTES = 64 * 2**20
@@ -103,7 +103,7 @@ class WeightSender:
 
         Raises ServerError, RuntimeError, or ValueError when the servers' weights have different types.
         """
-        deadline = _Deadline(self._timeout_s)
+        deadline = Deadline(self._timeout_s)
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
         address = meeting_address([client.url for client in self._clients])
         self._meeting = Meeting.host(address, num_workers=sum(sizes), timeout_s=self._timeout_s)
@@ -123,7 +123,7 @@ class WeightSender:
             )
             for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
         ]
-        _first_error([*joining, _in_background(partial(self._transport.connect, self._meeting))])
+        first_error([*joining, in_background(partial(self._transport.connect, self._meeting))])
         answers = self._post_all(deadline, "/collective_rpc", {"method": "weight_dtype"})
         dtypes = {worker["dtype"] for answer in answers for worker in answer["results"]}
         if len(dtypes) != 1:
@@ -137,7 +137,7 @@ class WeightSender:
 
         Raises ServerError, WeightMismatch or RuntimeError; the servers then hold neither the old nor the new weights.
         """
-        started, deadline = time.perf_counter(), _Deadline(self._timeout_s)
+        started, deadline = time.perf_counter(), Deadline(self._timeout_s)
         post = partial(self._post_all, deadline)
         digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
         post("/pause", query={"mode": "keep", "clear_cache": "false"})
@@ -175,7 +175,7 @@ class WeightSender:
         self._meeting = None
         self._posts.shutdown(wait=False, cancel_futures=True)
 
-    def _stream(self, weights: NamedWeights, deadline: _Deadline) -> Metrics:
+    def _stream(self, weights: NamedWeights, deadline: Deadline) -> Metrics:
         """Moves the weights while every server is in its call that receives and loads them."""
         assert self._meeting is not None, "connect comes first"
         meeting, transport = self._meeting, self._transport
@@ -214,7 +214,7 @@ class WeightSender:
             slot = next(slots)
         end = self._announce({"names": []})
         begin = time.perf_counter()
-        _first_error(loading)
+        first_error(loading)
         wait_s += time.perf_counter() - begin
         for number in [*in_slot, end]:
             if number is not None:
@@ -229,50 +229,12 @@ class WeightSender:
         return number
 
     def _post_all(
-        self, deadline: _Deadline, path: str, body: dict[str, Any] | None = None, *, query: dict[str, str] | None = None
+        self, deadline: Deadline, path: str, body: dict[str, Any] | None = None, *, query: dict[str, str] | None = None
     ) -> list[dict[str, Any]]:
         """The answers of all servers, asked at once."""
         posts = [
             self._posts.submit(client.post, path, body, query=query, timeout_s=deadline.remaining_s())
             for client in self._clients
         ]
-        _first_error(posts)
+        first_error(posts)
         return [post.result() for post in posts]
-
-
-class _Deadline:
-    def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
-        self._end = time.monotonic() + timeout_s
-
-    def remaining_s(self) -> float:
-        """Raises ServerError when there is no time left."""
-        remaining_s = self._end - time.monotonic()
-        if remaining_s <= 0:
-            raise ServerError(
-                f"a weight update took longer than fleet.update_timeout_s = {self._timeout_s:g} s; raise it"
-            )
-        return remaining_s
-
-
-def _in_background(call: Callable[[], None]) -> Future[None]:
-    """Calls it on a thread that nothing waits for: without the other side it cannot end before its deadline."""
-    future: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            call()
-            future.set_result(None)
-        except Exception as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="connect", daemon=True).start()
-    return future
-
-
-def _first_error(futures: Sequence[Future[Any]]) -> None:
-    """Waits for all of them; raises the first error without waiting for the others, whose own deadlines end them."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-    for future in futures:
-        if future in done:
-            future.result()

@@ -27,6 +27,8 @@ def choose_transport(fleet: FleetConfig) -> TransportKind:
     """`fleet.transport`, or the fastest one that reaches the servers. Raises ValueError for one that does not."""
     has_gpus = torch.cuda.is_available()
     is_one_machine = all(urlsplit(url).hostname in _LOOPBACK for url in fleet.urls)
+    if fleet.transport == "ipc" and fleet.kind == "sglang":
+        raise ValueError("fleet.transport is ipc, by which SGLang's servers get no weights; set nccl, gloo or disk")
     if fleet.transport == "ipc" and not is_one_machine:
         raise ValueError(
             f"fleet.transport is ipc, but not all of fleet.urls {fleet.urls} are on this machine; "
@@ -34,11 +36,23 @@ def choose_transport(fleet: FleetConfig) -> TransportKind:
         )
     if fleet.transport == "nccl" and not has_gpus:
         raise ValueError("fleet.transport is nccl, but there is no GPU here; set ipc, gloo or disk")
+    if fleet.transport == "nccl" and _shares_gpu(fleet):
+        raise ValueError(
+            "fleet.transport is nccl, whose groups hold every GPU once, and a server gets the first, which rank 0 has; "
+            "name others in fleet.gpus, or set fleet.transport to ipc (vllm), gloo or disk"
+        )
     if fleet.transport != "auto":
         return fleet.transport
+    if fleet.kind == "sglang":
+        return "nccl" if has_gpus and not _shares_gpu(fleet) else "disk"
     if is_one_machine:
         return "ipc"
     return "nccl" if has_gpus else "gloo"
+
+
+def _shares_gpu(fleet: FleetConfig) -> bool:
+    """Whether a server that the run starts is on the GPU of rank 0, which is the first."""
+    return not fleet.urls and (not fleet.gpus or 0 in fleet.gpus)
 
 
 def build_transport(kind: TransportKind, *, folder: Path) -> Transport:

@@ -93,15 +93,27 @@ class Zygote:
         self._process.wait(timeout=STRAGGLERS_S)
 
     def run(
-        self, recipe: Path, place: Path, plan: Plan = NEVER, *, arguments: Sequence[str] = (), world_size: int = 1
+        self,
+        recipe: Path,
+        place: Path,
+        plan: Plan = NEVER,
+        *,
+        arguments: Sequence[str] = (),
+        world_size: int = 1,
+        stand_ins: dict[str, float] | None = None,
     ) -> End:
-        """Runs the recipe in `place`, which is its working directory, until it ends or is killed."""
+        """Runs the recipe in `place`, which is its working directory, until it ends or is killed.
+
+        stand_ins: faults of the stand-ins in place of vLLM's servers (`tests/rollout/stand_in.py`); None: vLLM's own
+        servers, if the run has any.
+        """
         request = {
             "recipe": str(recipe),
             "place": str(place),
             "plan": asdict(plan),
             "arguments": list(arguments),
             "world_size": world_size,
+            "stand_ins": stand_ins,
         }
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -119,6 +131,7 @@ def main() -> None:
     import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
     import megatron_orz.train  # noqa: F401
+    import tests.rollout.stand_in_fleet  # noqa: F401
     from megatron_orz.engine import megatron_engine  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
@@ -185,6 +198,9 @@ def _run(request: dict[str, Any], plan: Plan, rank: int, port: int, said: Path) 
             }
         _make_up_rewards(as_fractions=plan.point == "verifier")
         _trace_prompts(Path(f"trace-{rank}.jsonl"))
+        _trace_requests(Path("requests.jsonl"))
+        if request["stand_ins"] is not None:
+            _use_stand_ins(request["stand_ins"])
         if plan.point is not None and rank == plan.rank:
             _kill_verifier(plan.count) if plan.point == "verifier" else _kill_at(plan)
         sys.argv = [request["recipe"], *request["arguments"]]
@@ -238,6 +254,30 @@ def _trace_prompts(file: Path) -> None:
         return generate(self, prompts, seed=seed, **options)
 
     setattr(LocalFleet, "generate", noted)  # noqa: B010
+
+
+def _trace_requests(file: Path) -> None:
+    """Notes every request for rollouts to train on, when it goes out to a server: its id and its prompt."""
+    from megatron_orz.rollout.client import ServerClient
+
+    respond = ServerClient.respond
+
+    def noted(self: Any, http: Any, request: Any) -> Any:
+        if request.prompt.source == "train.jsonl":
+            with file.open("a") as stream:
+                stream.write(json.dumps([request.request_id, request.prompt.prompt_id]) + "\n")
+        return respond(self, http, request)
+
+    setattr(ServerClient, "respond", noted)  # noqa: B010
+
+
+def _use_stand_ins(faults: dict[str, float]) -> None:
+    from megatron_orz.rollout import fleet, kinds
+    from megatron_orz.rollout.servers import free_port
+    from tests.rollout.stand_in_fleet import VersionSender, stand_in_launch
+
+    setattr(kinds, "_launch", lambda *args: stand_in_launch(free_port(), **faults))  # noqa: B010
+    setattr(fleet, "weight_sender", lambda *args, **options: VersionSender)  # noqa: B010
 
 
 PHASES = ("sync", "evaluate", "generate", "reward", "infer", "critic", "policy", "checkpoint")

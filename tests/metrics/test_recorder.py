@@ -20,7 +20,7 @@ from megatron_orz.metrics.recorder import RolloutRecorder
 from megatron_orz.metrics.rollouts import rollout_metrics
 from megatron_orz.metrics.traits import traits_of
 from megatron_orz.ranks import Ranks
-from megatron_orz.types import Grade, Metrics, Prompt, Rollout
+from megatron_orz.types import Grade, Metrics, Prompt, Rollout, Swap
 from tests.launch import run_ranks
 
 TEXTS = ["1+2=3", "wait, 1+2=3", "1+1+1+1+1+1+1+1", "Retry: 4", "recheck, however, 5"]
@@ -39,6 +39,7 @@ def make_rollouts() -> list[Rollout]:
             rollout_log_probs=[-1.0] * len(tokenizer(text)["input_ids"]),
             finish_reason="length" if i == 2 else "stop",
             policy_version=6,
+            swaps=(Swap(2, 7),) if i == 1 else (),
             grade=Grade(reward=reward, is_correct=reward > 0, is_formatted=i != 2, timed_out=i == 3, extracted=str(i)),
         )
         for i, (text, reward) in enumerate(zip(TEXTS, REWARDS, strict=True))
@@ -78,6 +79,7 @@ def test_metrics_histograms_and_file_are_those_of_the_rollouts(tmp_path: Path) -
         assert (row.num_prompt_tokens, row.num_response_tokens) == (len(row.prompt_ids), len(row.response_ids))
         assert (row.reward, row.is_correct, row.is_formatted) == (REWARDS[i], REWARDS[i] > 0, i != 2)
         assert (row.timed_out, row.finish_reason) == (i == 3, "length" if i == 2 else "stop")
+        assert row.swaps == rollout.swaps
         assert tuple(row.reflection) == traits[i].reflection
         assert row.repetition == pytest.approx(traits[i].repetition)
 

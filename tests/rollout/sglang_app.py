@@ -1,10 +1,12 @@
-"""SGLang's real HTTP front end, without its engine, which needs a GPU: routes, schemas and checks are SGLang's own.
+"""SGLang's real HTTP front end, without its engine, which needs a GPU: routes, schemas and checks are SGLang's own, and
+so is what joins a group and receives weights in it.
 
     python sglang_app.py PORT
 
 What accelerator packages would provide are names without content. Responses are those of `stand_in.response`.
 """
 
+import asyncio
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import Response
 from safetensors import safe_open
@@ -26,6 +29,8 @@ from tests.rollout import stand_in
 
 ABSENT = {"sgl_kernel", "flashinfer", "triton", "IPython", "torchvision"}
 VOCAB_SIZE = 1000
+LAYOUT = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "dtype": "bfloat16", "kv_events_config": None}
+"""Of /server_info, which tells all of SGLang's arguments."""
 
 # These look for such packages themselves: they are imported before it is pretended that there are any.
 IMPORTED_BEFORE = (
@@ -106,6 +111,10 @@ class Engine:
     def __init__(self) -> None:
         self.version = "default"
         self.loaded: list[str] = []
+        self.server_args = SimpleNamespace(resolved_dict=lambda: LAYOUT, launch_command="")
+        self.startup_time = 0.0
+        self._weights = _weight_updater()
+        self._has_session = False
 
     def config_value(self, name: str) -> str | None:
         return self.version if name == "weight_version" else None
@@ -146,8 +155,53 @@ class Engine:
         self.version = request.weight_version
         return True, "loaded " + " ".join(self.loaded), 0
 
+    async def get_internal_state(self) -> list[Any]:
+        return []
+
+    async def init_weights_update_group(self, request: Any, http_request: Any) -> tuple[bool, str]:
+        fields = ("master_address", "master_port", "rank_offset", "world_size", "group_name", "backend")
+        values = [getattr(request, field) for field in fields]
+        return await asyncio.to_thread(self._weights.init_weights_update_group, *values)
+
+    async def destroy_weights_update_group(self, request: Any, http_request: Any) -> tuple[bool, str]:
+        answer: tuple[bool, str] = self._weights.destroy_weights_update_group(request.group_name)
+        return answer
+
+    async def begin_weight_update(self, request: Any, http_request: Any) -> tuple[bool, str]:
+        was_open, self._has_session, self.loaded = self._has_session, True, []
+        return not was_open, "a weight-update session is already open" if was_open else "Success"
+
+    async def end_weight_update(self, request: Any, http_request: Any) -> tuple[bool, str]:
+        was_open, self._has_session = self._has_session, False
+        return was_open, "Success" if was_open else "no weight-update session is open"
+
+    async def update_weights_from_distributed(self, request: Any, http_request: Any) -> tuple[bool, str]:
+        assert self._has_session
+        assert request.flush_cache
+        received = await asyncio.to_thread(
+            self._weights.receive_weights_from_distributed,
+            names=request.names,
+            dtypes=request.dtypes,
+            shapes=request.shapes,
+            group_name=request.group_name,
+            load_format=request.load_format,
+        )
+        self.loaded += [f"{name}={weight.sum().item():g}" for name, weight in received]
+        return True, "Succeeded to update parameter online."
+
     async def update_weight_version(self, request: Any) -> None:
         self.version = request.new_version
+
+
+def _weight_updater() -> Any:
+    """What receives weights in each of SGLang's workers, without a model to load them into."""
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model: dict[str, Any] = dict.fromkeys(
+        ("model_config", "get_model", "update_model_fields", "recapture_cuda_graph", "get_model_runner")
+    )
+    return WeightUpdater(tp_rank=0, device="cpu", gpu_id=0, custom_weight_loaders={}, **model)
 
 
 def pretend() -> None:

@@ -1,9 +1,9 @@
 """A stand-in for a vLLM server, as a process of its own that starts in an instant and misbehaves on demand.
 
-    python stand_in.py PORT
+    python stand_in.py PORT [FAULTS]
 
 Responses are a function of the prompt, the seed and the weights, so that it shows whether one was lost, mixed up or
-made by other weights. POST /fault {"name": {...}} arms a fault: see `Faults`.
+made by other weights. FAULTS, and later POST /fault, are JSON {"delay_s": 0.5, ...}: see `Faults`.
 """
 
 import json
@@ -15,11 +15,13 @@ from threading import Event, Lock
 from typing import Any
 
 NUM_TOKENS = 6
+NUM_IDS = 251
+"""Token ids are below this: models of the tests have as many, and it is prime."""
 
 
 def response(prompt: list[int], seed: int, sibling: int, version: int) -> list[int]:
     """The token ids of one response."""
-    return [(sum(prompt) + seed + 31 * sibling + 7 * version + 3 * step) % 997 for step in range(NUM_TOKENS)]
+    return [(sum(prompt) + seed + 31 * sibling + 7 * version + 3 * step) % NUM_IDS for step in range(NUM_TOKENS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +50,10 @@ class StandIn(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, faults: Faults) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.version = "default"
-        self.faults = Faults()
+        self.faults = faults
         self.num_tokens = 0
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []
@@ -143,4 +145,4 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 if __name__ == "__main__":
-    StandIn(int(sys.argv[1])).serve_forever()
+    StandIn(int(sys.argv[1]), Faults(**json.loads(sys.argv[2] if sys.argv[2:] else "{}"))).serve_forever()

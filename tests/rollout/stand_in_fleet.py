@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -93,6 +94,12 @@ class StandIns:
         self.fleet.update_weights(RepeatableWeights(lambda: iter([])), version)
 
 
+def stand_in_launch(port: int, **faults: Any) -> Launch:
+    """How a stand-in is started, with faults from the start."""
+    command = [sys.executable, "-S", stand_in.__file__, str(port), json.dumps(faults)]
+    return Launch(command=command, environment=dict(os.environ), port=port)
+
+
 @contextmanager
 def open_stand_ins(run_dir: Path, num_servers: int, **fleet: Any) -> Iterator[StandIns]:
     config = FleetConfig(**{"num_servers": num_servers, "start_timeout_s": 20, **fleet})
@@ -102,11 +109,7 @@ def open_stand_ins(run_dir: Path, num_servers: int, **fleet: Any) -> Iterator[St
         def run(num_restarts: int) -> Running:
             port = free_port()
             process = InferenceServer(
-                Launch(
-                    command=[sys.executable, "-S", stand_in.__file__, str(port)],
-                    environment=dict(os.environ),
-                    port=port,
-                ),
+                stand_in_launch(port),
                 start_timeout_s=config.start_timeout_s,
                 log_path=run_dir / f"stand-in-{index}-{num_restarts}.log",
             )

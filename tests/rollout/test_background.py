@@ -84,6 +84,18 @@ def test_what_somebody_waits_for_comes_before_the_background_and_older_before_ne
         assert [seed for seed in seeds if seed != 3] == [1] * 3 + [2] * 3
 
 
+def test_what_is_begun_at_once_is_dealt_out_in_its_order(tmp_path: Path) -> None:
+    """Each is checked for the servers' versions first, which takes one longer than another."""
+    (prompt,) = make_prompts(1)
+    with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=1) as servers:
+        under_way = [servers.fleet.start([prompt], num_responses=1, seed=seed, answers={}) for seed in range(20)]
+        for rollouts in under_way:
+            rollouts.result()
+        for index in range(2):
+            seeds = [int(request["request_id"].split("-s")[1].split("-")[0]) for request in servers.requests(index)]
+            assert seeds == sorted(seeds)
+
+
 def test_answers_that_are_there_are_not_asked_for(tmp_path: Path) -> None:
     prompts = make_prompts(6)
     with open_stand_ins(tmp_path, 2) as servers:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
+from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig, TransportKind
 from megatron_orz.rollout import sglang_sender
 from megatron_orz.rollout.client import GenerationRequest
 from megatron_orz.rollout.kinds import server_runs, weight_sender
@@ -149,9 +149,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_fleet_runs_on_sglangs_own_routes(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["disk", "gloo"])
+def test_a_fleet_runs_on_sglangs_own_routes(url: str, tmp_path: Path, transport: TransportKind) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    fleet = FleetConfig(kind="sglang", urls=(url,))
+    fleet = FleetConfig(kind="sglang", urls=(url,), transport=transport)
     model: ModelConfig = model_config(tmp_path)
     runs = server_runs("sglang", fleet, model, run_dir=tmp_path)
     connect = weight_sender("sglang", fleet, model, run_dir=tmp_path)

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_orz.generations import Generation, generations_file, write_generations
 from megatron_orz.printable import printable
+from megatron_orz.types import Swap
 from tools.view_generations import shortened
 
 View = Callable[..., tuple[object, str]]
@@ -52,7 +53,9 @@ def run_dir(tmp_path: Path) -> Path:
             generation(1, 11, "eleven", repetition=0.75, finish_reason="length", reward=0.0),
         ],
         2: [
-            generation(2, 10, "ten again: Wait, what?", reflection=["wait,"]),
+            generation(
+                2, 10, "ten again: Wait, what?", reflection=["wait,"], policy_version=0, swaps=(Swap(4, 1), Swap(9, 2))
+            ),
             generation(2, 12, "evil \x1b[2J\u202e [bold]text"),
         ],
     }
@@ -112,12 +115,17 @@ def test_a_card_tells_the_verdict(view: View) -> None:
         assert fact in printed
 
 
+def test_a_card_tells_whose_weights_sampled_which_tokens(view: View) -> None:
+    _, printed = view("--contains", "wait,")
+    assert "version 0, 1 from token 4, 2 from token 9" in " ".join(printed.replace("│", " ").split())
+
+
 def test_without_filters_each_step_is_a_line(view: View) -> None:
     code, printed = view()
     assert code is None
     rows = [line.split() for line in printed.splitlines()]
-    assert ["1", "3", "2", "0.333", "13", "33", "%", "0", "%", "0.250"] in rows
-    assert ["2", "2", "2", "1.000", "22", "0", "%", "50", "%", "0.000"] in rows
+    assert ["1", "3", "2", "1", "0.333", "13", "33", "%", "0", "%", "0.250"] in rows
+    assert ["2", "2", "2", "0,", "1,", "2", "1.000", "22", "0", "%", "50", "%", "0.000"] in rows
 
 
 def test_responses_cannot_steer_the_terminal(view: View) -> None:
