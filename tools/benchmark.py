@@ -10,6 +10,8 @@ python tools/benchmark.py kernels
 python tools/benchmark.py kernels --only token-loss gae --shape 512,64,4096
 python tools/benchmark.py sync
 python tools/benchmark.py sync --model 0.5b --dtype bfloat16 --transport ipc gloo --num-servers 2
+python tools/benchmark.py sync --dtype float32 --wire-dtype bfloat16 --delta
+python tools/benchmark.py delta runs/demo-base/final runs/demo/exports/*
 python tools/benchmark.py compare before.json after.json
 python tools/benchmark.py table
 """
@@ -19,7 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
-from megatron_orz.benchmark import compare, end_to_end, kernels, packing, rewards, summary, sync, train
+from megatron_orz.benchmark import compare, delta, end_to_end, kernels, packing, rewards, summary, sync, train
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.terminal import console
 
@@ -30,6 +32,7 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
     "rewards": (rewards.Arguments, rewards.run),
     "kernels": (kernels.Arguments, kernels.run),
     "sync": (sync.Arguments, sync.run),
+    "delta": (delta.Arguments, delta.run),
     "compare": (compare.Arguments, compare.main),
     "table": (summary.Arguments, summary.run),
 }

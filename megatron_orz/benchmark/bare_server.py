@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 
 from megatron_orz.rollout.digests import Block, as_matrix, digest
-from megatron_orz.rollout.receiving import Offer, WeightReceiver
+from megatron_orz.rollout.receiving import Offer, Update, WeightReceiver
 
 _END_TIMEOUT_S = 30.0
 
@@ -102,16 +102,16 @@ class _Server:
             case "/init_weight_transfer_engine":
                 self._receiver = WeightReceiver(Offer(**body["init_info"]), 0, self._device)
             case "/update_weights":
-                self._receive(body["update_info"]["first_message"])
+                self._receive(Update(**body["update_info"]))
             case "/collective_rpc" if body["method"] == "weight_dtype":
                 return {"results": [{"dtype": self._dtype}]}
             case "/collective_rpc":
                 return {"results": [{name: [self._held[name]] for name in body["args"][0]}]}
         return {"success": True}
 
-    def _receive(self, first_message: int) -> None:
+    def _receive(self, update: Update) -> None:
         assert self._receiver is not None
-        for tensors in self._receiver.buckets(first_message):
+        for tensors in self._receiver.buckets(update):
             for name, tensor in tensors if self._verifies else ():
                 matrix = as_matrix(tensor)
                 self._held[name] = {"block": Block(0, 0, *matrix.shape), "digest": digest(matrix), "place": name}

@@ -70,7 +70,7 @@ def measured(results: Mapping[str, Any]) -> Iterator[Measured]:
                 )
     for model in results.get("models", ()):  # of the weight exchange, whose rows are transports and plain copies
         for name, times_s in model["times_s"].items():
-            is_transport = name in ("ipc", "nccl", "gloo", "disk")
+            is_transport = name.removesuffix(", delta") in ("ipc", "nccl", "gloo", "disk")
             yield Measured(
                 task="sync",
                 shape=f"{model['model']}, {model['num_bytes'] / 1e9:.2f} GB",

@@ -1,14 +1,16 @@
-"""Benchmarks the weight exchange: seconds and bytes per second of every transport, beside plain copies and the disk."""
+"""Benchmarks the weight exchange: seconds and bytes per second of every transport, beside plain copies, the disk and
+sockets."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_orz import terminal
-from megatron_orz.benchmark import environment, results
+from megatron_orz.benchmark import environment, floors, results
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.benchmark.measure import Run, interleaved_times
 from megatron_orz.config import TransportKind
@@ -27,7 +29,12 @@ from megatron_orz.rollout.transports import build_transport
 
 Model = Literal["smollm2", "0.5b", "1.5b", "7b"]
 
-MEMCPY, DISK = "memcpy", "disk write and read"
+MEMCPY, DISK, LOOPBACK = "memcpy", "disk write and read", "loopback TCP"
+DELTA_TRANSPORTS: tuple[TransportKind, ...] = ("gloo", "disk")
+LR = 1e-6
+"""By which every weight differs between two updates of changes alone, up or down: as after one step of Adam."""
+SCALE = 0.02
+"""Standard deviation of the weights, on which it depends how many a step changes."""
 TIMEOUT_S = 600.0
 SHARE_OF_MEMCPY = 0.6
 """Target of the fastest transport on a CPU."""
@@ -69,6 +76,8 @@ class Arguments:
     """Of the weights in the trainer."""
     wire_dtype: Literal["float32", "bfloat16"] | None = None
     """Of the weights on the way, which is the servers'; that of the trainer by default."""
+    delta: bool = False
+    """Time gloo and disk also with fleet.delta, in which each update changes the weights by 1e-6 up or down."""
     repeats: int = 5
     """Timed updates of each transport."""
     folder: Path | None = None
@@ -85,6 +94,11 @@ class Arguments:
             raise ValueError(f"num_servers is {self.num_servers}; give at least 1")
         if "auto" in self.transport:
             raise ValueError("transport has auto, which is one of the others; name those to time")
+        if self.delta and (self.dtype, self.wire_dtype) != ("float32", "bfloat16"):
+            raise ValueError(
+                f"delta is about small changes of float32 weights that few bfloat16 ones show, and they are of "
+                f"{self.dtype} and {self.wire_dtype or self.dtype}; set --dtype float32 --wire-dtype bfloat16"
+            )
         if "nccl" in self.transport and not torch.cuda.is_available():
             raise ValueError("transport has nccl, but there is no GPU; leave it out")
 
@@ -114,7 +128,7 @@ def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> list
     for index in range(s.num_layers):
         sizes |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
     sizes["model.norm.weight"] = (s.hidden,)
-    return [(name, torch.randn(size, dtype=dtype, device=device)) for name, size in sizes.items()]
+    return [(name, SCALE * torch.randn(size, dtype=dtype, device=device)) for name, size in sizes.items()]
 
 
 def run(arguments: Arguments, console: Console | None = None) -> Path:
@@ -131,48 +145,71 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
         for model in arguments.model:
             task = progress.add_task(f"{model}: starting the servers, then timing", total=None)
             weights = make_weights(SHAPES[model], getattr(torch, arguments.dtype), device)
-            times = measure(weights, arguments)
+            times, sent_bytes = measure(weights, arguments)
             progress.remove_task(task)
             num_bytes = sum(weight.nbytes for _, weight in weights)
-            console.print(table(model, times, num_bytes, arguments))
-            content["models"].append({"model": model, "num_bytes": num_bytes, "times_s": times})
+            console.print(table(model, times, sent_bytes, num_bytes, arguments))
+            content["models"].append(
+                {"model": model, "num_bytes": num_bytes, "times_s": times, "sent_bytes": sent_bytes}
+            )
     content["load_average_after"] = os.getloadavg()
     return results.write(arguments.output, "sync", content, device, console)
 
 
-def measure(weights: Sequence[tuple[str, Tensor]], arguments: Arguments) -> dict[str, list[float]]:
-    """Seconds of the updates over each transport, and of what they are compared with; all take turns."""
+def measure(
+    weights: Sequence[tuple[str, Tensor]], arguments: Arguments
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of the updates over each transport, and of what they are compared with, which all take turns; and the
+    bytes that each transport has moved in its last update."""
     with ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        runs: dict[str, Run] = {MEMCPY: _memcpy(weights)}
-        if "disk" in arguments.transports:
-            runs[DISK] = _disk(weights, folder / "raw")
         dtype = arguments.wire_dtype or arguments.dtype
+        on_the_way = [(name, weight.to(getattr(torch, dtype))) for name, weight in weights]
+        runs: dict[str, Run] = {MEMCPY: floors.memcpy(weights)}
+        if "disk" in arguments.transports:
+            runs[DISK] = floors.disk(on_the_way, folder / "raw")
+        if "gloo" in arguments.transports:
+            runs[LOOPBACK] = stack.enter_context(floors.loopback(on_the_way))
         started = {
-            kind: [stack.enter_context(BareServer(device=device, dtype=dtype)) for device in _devices(arguments)]
+            (kind, delta): [
+                stack.enter_context(BareServer(device=device, dtype=dtype)) for device in _devices(arguments)
+            ]
             for kind in arguments.transports
+            for delta in ([False, True] if arguments.delta and kind in DELTA_TRANSPORTS else [False])
         }
-        for kind, servers in started.items():
-            half = build_transport(kind, folder=folder)
-            sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, verification="off")
+        versions = [weights, _trained(weights)] if arguments.delta else [weights]
+        senders: dict[str, WeightSender] = {}
+        for (kind, delta), servers in started.items():
+            half = build_transport(kind, folder=folder / str(delta))
+            sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, verification="off", delta=delta)
             stack.enter_context(closing(sender))
             sender.connect()
-            runs[kind] = partial(_send, sender, weights)
+            name = f"{kind}, delta" if delta else kind
+            senders[name] = sender
+            runs[name] = partial(_send, sender, cycle(versions))
         # Wall-clock time also on a GPU: an update is over when the servers say so.
-        return interleaved_times(runs, torch.device("cpu"), num_repeats=arguments.repeats)
+        times = interleaved_times(runs, torch.device("cpu"), num_repeats=arguments.repeats)
+        return times, {name: sender.metrics()["sync/gib"] * 2**30 for name, sender in senders.items()}
 
 
-def table(model: str, times: Mapping[str, Sequence[float]], num_bytes: int, arguments: Arguments) -> Table:
+def table(
+    model: str,
+    times: Mapping[str, Sequence[float]],
+    sent_bytes: Mapping[str, float],
+    num_bytes: int,
+    arguments: Arguments,
+) -> Table:
     """A line for each transport; the target below."""
     shares = {name: min(times[MEMCPY]) / min(seconds) for name, seconds in times.items()}
     best = max(shares[kind] for kind in arguments.transports)
     caption = f"target, at least {SHARE_OF_MEMCPY:.0%} of {MEMCPY} on a CPU: {best:.0%}"
     title = f"{model}, {num_bytes / 1e9:.2f} GB, {arguments.num_servers} server(s)"
-    columns = ("min s", "median s", "GB/s", f"of {MEMCPY}")
+    columns = ("min s", "median s", "GB/s", f"of {MEMCPY}", "MB moved")
     result = terminal.table(title, [""], columns, caption=caption if arguments.device == "cpu" else None)
     for name, seconds in times.items():
         speed = num_bytes / min(seconds) / 1e9
         cells = [f"{min(seconds):.3f}", f"{statistics.median(seconds):.3f}", f"{speed:.2f}", f"{shares[name]:.0%}"]
+        cells.append(f"{sent_bytes[name] / 1e6:.1f}" if name in sent_bytes else "")
         result.add_row(name, *cells)
     return result
 
@@ -185,35 +222,9 @@ def _devices(arguments: Arguments) -> list[str]:
     return [f"cuda:{others[index % len(others)]}" for index in range(arguments.num_servers)]
 
 
-def _send(sender: WeightSender, weights: Sequence[tuple[str, Tensor]]) -> None:
-    sender.send(iter(weights), 0)
+def _trained(weights: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    return [(name, weight + LR * torch.randn_like(weight).sign()) for name, weight in weights]
 
 
-def _memcpy(weights: Sequence[tuple[str, Tensor]]) -> Run:
-    """Copies every tensor once, into memory that exists."""
-    copies = [torch.zeros_like(weight) for _, weight in weights]
-
-    def copy() -> None:
-        for target, (_, weight) in zip(copies, weights, strict=True):
-            target.copy_(weight)
-        if copies[0].is_cuda:
-            torch.cuda.synchronize()
-
-    return copy
-
-
-def _disk(weights: Sequence[tuple[str, Tensor]], path: Path) -> Run:
-    """Writes all bytes into a file and reads them back, as far as the operating system's cache lets them wait."""
-    arrays = [weight.cpu().contiguous().view(torch.uint8).numpy() for _, weight in weights]
-    buffer = bytearray(max(array.nbytes for array in arrays))
-
-    def write_and_read() -> None:
-        with path.open("wb") as file:
-            for array in arrays:
-                file.write(array.data)
-        with path.open("rb") as file:
-            while file.readinto(buffer):
-                pass
-        path.unlink()
-
-    return write_and_read
+def _send(sender: WeightSender, versions: Iterator[Sequence[tuple[str, Tensor]]]) -> None:
+    sender.send(iter(next(versions)), 0)

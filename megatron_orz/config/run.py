@@ -88,6 +88,12 @@ class Config:
             f"SGLang's log-probabilities leave out sampling.top_p {self.sampling.top_p} and sampling.top_k "
             f"{self.sampling.top_k}: they would not be those of the responses; use 1.0 and -1, or --fleet.kind vllm",
         )
+        served = self.fleet.dtype or self.policy.dtype
+        require(
+            not self.fleet.delta or bool(self.fleet.urls) or served == "bfloat16",
+            f"fleet.delta saves nothing with {served} servers, as nearly all such weights change at every step; set "
+            "fleet.dtype to bfloat16, or fleet.delta to false",
+        )
         multiple = self.parallel.pack_multiple
         least = -(-longest // multiple) * multiple
         require(

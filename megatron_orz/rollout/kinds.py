@@ -126,6 +126,7 @@ def _connect_vllm(
         timeout_s=fleet.update_timeout_s,
         verification=fleet.verification,
         keeps_requests=fleet.swaps_within_responses,
+        delta=fleet.delta,
     )
     try:
         sender.connect()

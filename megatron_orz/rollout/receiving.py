@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_orz.rollout.delta import HeldCopies
 from megatron_orz.rollout.disk_transport import DiskReceiver
 from megatron_orz.rollout.gloo_transport import GlooReceiver
 from megatron_orz.rollout.ipc_transport import IPCReceiver
@@ -49,6 +50,18 @@ class Offer:
     num_workers: int
     """Of all servers."""
     timeout_s: float
+    delta: bool = False
+    """Updates hold only what has changed."""
+
+
+@dataclass
+class Update:
+    """Where in the trainer's announcements an update begins, and what it makes of what."""
+
+    first_message: int
+    version: int
+    base: int | None = None
+    """The version whose changes are sent; None: all weights are."""
 
 
 class WeightReceiver:
@@ -59,17 +72,27 @@ class WeightReceiver:
         self._meeting = Meeting.join(
             offer.address, offer.port, num_workers=offer.num_workers, timeout_s=offer.timeout_s
         )
-        self._half = RECEIVERS[offer.transport](self._meeting, offer.first_rank + worker, device)
+        self._copies = HeldCopies(device) if offer.delta else None
+        arrival = torch.device("cpu") if offer.delta else device
+        self._half = RECEIVERS[offer.transport](self._meeting, offer.first_rank + worker, arrival)
 
-    def buckets(self, first_message: int) -> Iterator[list[tuple[str, Tensor]]]:
-        """The tensors of an update, bucket by bucket; those of a bucket are valid until the next one is asked for."""
-        for number in count(first_message):
+    def buckets(self, update: Update) -> Iterator[list[tuple[str, Tensor]]]:
+        """The tensors of an update, bucket by bucket; those of a bucket are valid until the next one is asked for.
+
+        Raises RuntimeError for changes of weights that this worker does not hold.
+        """
+        if self._copies is not None:
+            self._copies.begin(update.base)
+        for number in count(update.first_message):
             message = self._meeting.hear(number)
             if message["names"]:
-                yield self._half.receive(message)
+                tensors = self._half.receive(message)
+                yield from [tensors] if self._copies is None else self._copies.decode(tensors)
             self._meeting.release(number)
             if not message["names"]:
-                return
+                break
+        if self._copies is not None:
+            self._copies.commit(update.version)
 
     def close(self) -> None:
         """Leaves the trainer."""

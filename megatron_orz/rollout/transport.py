@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_orz.config import Verification
 from megatron_orz.rollout.buckets import Bucket, fill_buckets
+from megatron_orz.rollout.delta import VALUE_BYTES, SentCopies
 from megatron_orz.rollout.meeting import Meeting, meeting_address
 from megatron_orz.rollout.servers import ServerError
 from megatron_orz.rollout.verification import SentDigests
@@ -27,6 +28,8 @@ from megatron_orz.rollout.waiting import Deadline, first_error, in_background
 from megatron_orz.types import Metrics, NamedWeights
 
 BUCKET_BYTES = 64 * 2**20
+CHANGES_BUCKET_BYTES = 4 * 2**20
+"""Of buckets of changes, which are a few per cent of the weights they belong to."""
 NUM_SLOTS = 2
 
 
@@ -75,6 +78,7 @@ class WeightSender:
 
     timeout_s: deadline of connecting, and of one whole update.
     keeps_requests: there may be requests amid their responses, which go on with the new weights.
+    delta: after the first update, and until one fails, send only what has changed.
     """
 
     def __init__(
@@ -85,12 +89,15 @@ class WeightSender:
         timeout_s: float,
         verification: Verification = "sampled",
         keeps_requests: bool = False,
+        delta: bool = False,
     ) -> None:
         self._clients = clients
         self._transport = transport
         self._timeout_s = timeout_s
         self._verification = verification
         self._keeps_requests = keeps_requests
+        self._delta = delta
+        self._copies: SentCopies | None = None
         self._posts = ThreadPoolExecutor(len(clients), "weights")
         self._meeting: Meeting | None = None
         self._dtype: torch.dtype | None = None  # the servers', and that of the weights on the way
@@ -101,7 +108,8 @@ class WeightSender:
     def connect(self) -> None:
         """Joins the trainer and the workers of every server, which are numbered in the order of the clients.
 
-        Raises ServerError, RuntimeError, or ValueError when the servers' weights have different types.
+        Raises ServerError, RuntimeError, or ValueError when the servers' weights have different types, or one that
+        changes cannot be sent of.
         """
         deadline = Deadline(self._timeout_s)
         sizes = [int(client.get("/get_world_size")["world_size"]) for client in self._clients]
@@ -113,6 +121,7 @@ class WeightSender:
             "port": self._meeting.store.port,
             "num_workers": sum(sizes),
             "timeout_s": self._timeout_s,
+            "delta": self._delta,
         }
         joining = [
             self._posts.submit(
@@ -130,7 +139,14 @@ class WeightSender:
             raise ValueError(
                 f"the servers' weights have types {sorted(dtypes)}; start all of them with the same --dtype"
             )
-        self._dtype = getattr(torch, dtypes.pop())
+        self._dtype = dtype = getattr(torch, dtypes.pop())
+        if self._delta:
+            if dtype.itemsize != VALUE_BYTES:
+                raise ValueError(
+                    f"the servers' weights are of {dtype}, nearly all of which change at every step, so that "
+                    "fleet.delta saves nothing; start the servers with --dtype bfloat16, or set fleet.delta to false"
+                )
+            self._copies = SentCopies(dtype)
 
     def send(self, weights: NamedWeights, version: int) -> None:
         """Gives the servers new weights; their later rollouts are of `version`.
@@ -140,9 +156,10 @@ class WeightSender:
         started, deadline = time.perf_counter(), Deadline(self._timeout_s)
         post = partial(self._post_all, deadline)
         digests = SentDigests(self._verification, num_updates=self._num_updates, dtype=self._dtype)
+        base = self._copies.begin() if self._copies is not None else None
         post("/pause", query={"mode": "keep", "clear_cache": "false"})
         post("/start_weight_update")
-        moved = self._stream(digests.watch(weights), deadline)
+        moved = self._stream(digests.watch(weights), version, base, deadline)
         post("/finish_weight_update")
         sent = time.perf_counter()
         if digests.names:
@@ -157,6 +174,9 @@ class WeightSender:
             raise ServerError("a server could not reset its prefix cache: requests still hold parts of it")
         post("/update_weight_version", {"new_version": str(version)})
         post("/resume")
+        if self._copies is not None:
+            self._copies.commit(version)
+            moved["sync/changed_share"] = self._copies.changed_share
         self._num_updates += 1
         self._metrics = moved | {
             "sync/send_s": sent - started,
@@ -166,7 +186,8 @@ class WeightSender:
 
     def metrics(self) -> Metrics:
         """Of the last update: bytes on the way, seconds until they were loaded, how many of those the trainer only
-        waited for workers, and seconds of verification, in which the trainer's own digests are not."""
+        waited for workers, and seconds of verification, in which the trainer's own digests are not; with `delta` the
+        share of elements that have changed."""
         return self._metrics
 
     def close(self) -> None:
@@ -175,11 +196,11 @@ class WeightSender:
         self._meeting = None
         self._posts.shutdown(wait=False, cancel_futures=True)
 
-    def _stream(self, weights: NamedWeights, deadline: Deadline) -> Metrics:
+    def _stream(self, weights: NamedWeights, version: int, base: int | None, deadline: Deadline) -> Metrics:
         """Moves the weights while every server is in its call that receives and loads them."""
         assert self._meeting is not None, "connect comes first"
         meeting, transport = self._meeting, self._transport
-        body = {"update_info": {"first_message": self._num_messages}}
+        body = {"update_info": {"first_message": self._num_messages, "version": version, "base": base}}
         loading = [
             self._posts.submit(client.post, "/update_weights", body, timeout_s=deadline.remaining_s())
             for client in self._clients
@@ -206,7 +227,9 @@ class WeightSender:
                 in_slot[slot] = None
             return transport.buffer(slot, least_bytes)
 
-        for bucket in fill_buckets(weights, BUCKET_BYTES, buffer, dtype=self._dtype):
+        capacity_bytes = BUCKET_BYTES if base is None else CHANGES_BUCKET_BYTES
+        encoded = weights if self._copies is None else self._copies.encode(weights)
+        for bucket in fill_buckets(encoded, capacity_bytes, buffer, dtype=self._dtype):
             check()
             num_bytes += bucket.payload.nbytes
             place = transport.send(bucket, slot)

@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_orz.rollout.receiving import Offer, WeightReceiver
+from megatron_orz.rollout.receiving import Offer, Update, WeightReceiver
 from megatron_orz.rollout.vllm_held import HeldWeights
 from megatron_orz.rollout.vllm_repack import repack
 
@@ -46,10 +46,8 @@ class InitInfo(Offer, WeightTransferInitInfo):
 
 
 @dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    """Where in the trainer's announcements the update begins."""
-
-    first_message: int
+class UpdateInfo(Update, WeightTransferUpdateInfo):
+    """What the trainer sends."""
 
 
 class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -88,7 +86,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Hands every bucket to the model's loader."""
         if self._receiver is None:
             raise RuntimeError("no connection to the trainer: /init_weight_transfer_engine comes first")
-        for tensors in self._receiver.buckets(update_info.first_message):
+        for tensors in self._receiver.buckets(update_info):
             with self.held.seen(tensors):
                 self.model.load_weights(iter(tensors))
             _keep_unfinished(self.model)

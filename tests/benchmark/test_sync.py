@@ -16,11 +16,17 @@ def test_every_transport_is_timed_beside_memcpy(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sync.SHAPES, "smollm2", Shape(2, 64, 128, 32, 500))
     written = io.StringIO()
     output = sync.run(
-        Arguments(repeats=2, wire_dtype="bfloat16", device="cpu", output=tmp_path / "sync.json"), Console(file=written)
+        Arguments(repeats=2, wire_dtype="bfloat16", delta=True, device="cpu", output=tmp_path / "sync.json"),
+        Console(file=written, width=140),
     )
     results = json.loads(output.read_text())
     (model,) = results["models"]
-    assert set(model["times_s"]) == {"memcpy", "disk write and read", "ipc", "gloo", "disk"}
+    transports = {"ipc", "gloo", "gloo, delta", "disk", "disk, delta"}
+    assert set(model["times_s"]) == {"memcpy", "disk write and read", "loopback TCP", *transports}
+    assert set(model["sent_bytes"]) == transports
+    whole, changes = model["num_bytes"] / 2, model["sent_bytes"]["gloo, delta"]
+    assert model["sent_bytes"]["gloo"] == whole
+    assert 0.005 * whole < changes == model["sent_bytes"]["disk, delta"] < 0.1 * whole
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in model["times_s"].values())
     assert "target, at least 60% of memcpy" in written.getvalue()
     assert {"load_average", "load_average_after", "environment"} <= results.keys()
@@ -41,6 +47,7 @@ def test_shapes_are_those_of_the_models(model: sync.Model, millions: float) -> N
         ({"num_servers": 0}, "num_servers is 0"),
         ({"transport": ("auto",)}, "transport has auto"),
         ({"transport": ("nccl",)}, "there is no GPU"),
+        ({"delta": True}, "set --dtype float32 --wire-dtype bfloat16"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(wrong: dict[str, object], message: str) -> None:

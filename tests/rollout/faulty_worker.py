@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_orz.rollout import vllm_worker
-from megatron_orz.rollout.receiving import WeightReceiver
+from megatron_orz.rollout.receiving import Update, WeightReceiver
 from megatron_orz.rollout.vllm_repack import held_columns, repack
 
-Buckets = Callable[[WeightReceiver, int], Iterator[list[tuple[str, Tensor]]]]
+Buckets = Callable[[WeightReceiver, Update], Iterator[list[tuple[str, Tensor]]]]
 
 _BUCKETS: Buckets = WeightReceiver.buckets
 
@@ -33,8 +33,8 @@ def _do_nothing(model: torch.nn.Module) -> None: ...
 
 
 def _losing(lost: str) -> Buckets:
-    def buckets(self: WeightReceiver, first_message: int) -> Iterator[list[tuple[str, Tensor]]]:
-        for tensors in _BUCKETS(self, first_message):
+    def buckets(self: WeightReceiver, update: Update) -> Iterator[list[tuple[str, Tensor]]]:
+        for tensors in _BUCKETS(self, update):
             yield [(name, tensor) for name, tensor in tensors if name != lost]
 
     return buckets
