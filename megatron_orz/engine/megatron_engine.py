@@ -77,7 +77,7 @@ class MegatronEngine(ABC, Generic[Output]):
                 self.architecture, mesh, dtype=config.dtype, recompute=config.recompute, value_head=value_head
             )
             weights.load(self.chunks, config.path, self.architecture, mesh, value_head=self._has_value_head)
-            self._replicas = [] if is_frozen else replicate(self.chunks, mesh.config, config.optimizer)
+            self._replicas = [] if is_frozen else replicate(self.chunks, mesh, config.optimizer)
             self._optimizer = None if is_frozen else Optimizer(self._replicas, config.optimizer, self.name)
         self._offload = Offload(mesh.device)
 

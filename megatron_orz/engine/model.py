@@ -214,8 +214,8 @@ def _transformer_config(
         # The weights are loaded, never drawn.
         perform_initialization=False,
         use_cpu_initialization=True,
+        gradient_accumulation_fusion=True,
         # Fused kernels that need apex or TransformerEngine, or that only CUDA has.
-        gradient_accumulation_fusion=uses_transformer_engine(mesh),
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,

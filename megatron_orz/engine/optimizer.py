@@ -12,7 +12,6 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -26,6 +25,9 @@ MAX_SKIPPED_UPDATES = 3
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each parameter, beside it."""
+
+CLIP_EPS = 1e-6
+"""Beside the norm that gradients are divided by, as PyTorch and megatron-core have it."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,7 @@ class Optimizer:
                 clip_grad=config.clip_grad,
                 bf16=transformer.bf16,
                 params_dtype=transformer.params_dtype,
-                use_distributed_optimizer=config.distributed,
+                use_distributed_optimizer=chunks[0].ddp_config.use_distributed_optimizer,
                 overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
             ),
             list(chunks),
@@ -184,9 +186,12 @@ class Optimizer:
     def _clip(self, grad_norm: float) -> None:
         if self._config.clip_grad == 0:
             return
+        coefficient = self._config.clip_grad / (grad_norm + CLIP_EPS)
+        if coefficient >= 1:
+            return
         for part in self._parts:
-            if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, self._config.clip_grad, grad_norm)
+            if grads := [p.grad for p in part.get_parameters() if p.grad is not None]:
+                torch._foreach_mul_(grads, coefficient)
 
 
 def _held_parameters(part: Any) -> Iterator[tuple[torch.nn.Parameter, Tensor, int]]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_orz.config import ParallelConfig
-from megatron_orz.engine import platform
+from megatron_orz.engine import gradient_accumulation, platform
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -136,6 +136,7 @@ def open_mesh(config: ParallelConfig, *, seed: int, deterministic: bool = False)
     """
     config.check_world_size(int(os.environ.get("WORLD_SIZE", 1)))
     platform.install()
+    gradient_accumulation.install()
     if deterministic:
         platform.make_deterministic()
     from megatron.core import parallel_state, tensor_parallel

@@ -6,18 +6,28 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from torch import Tensor
 
-from megatron_orz.config import OptimizerConfig, ParallelConfig
+from megatron_orz.config import OptimizerConfig
 from megatron_orz.engine.model import HeadlessGPTModel
+from megatron_orz.engine.parallel import Mesh
 
 
 def replicate(
-    chunks: Sequence[HeadlessGPTModel], parallel: ParallelConfig, optimizer: OptimizerConfig
+    chunks: Sequence[HeadlessGPTModel], mesh: Mesh, optimizer: OptimizerConfig
 ) -> list[DistributedDataParallel]:
-    """Wraps this rank's chunks; float32 gradients, summed during or after the backward pass."""
-    overlap_gather = parallel.overlap and optimizer.distributed
+    """Wraps this rank's chunks; float32 gradients, summed during or after the backward pass.
+
+    Optimizer states are shared out where there are ranks to share with: alone, a rank would copy every gradient.
+    """
+    parallel = mesh.config
+    num_sharing = dist.get_world_size(mesh.dp_cp_group)
+    if chunks[0].config.num_moe_experts is not None:
+        num_sharing = max(num_sharing, parallel_state.get_expert_data_parallel_world_size())
+    is_distributed = optimizer.distributed and num_sharing > 1
     config = chunks[0].config
     replicas = [
         DistributedDataParallel(
@@ -25,8 +35,8 @@ def replicate(
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 overlap_grad_reduce=parallel.overlap,
-                overlap_param_gather=overlap_gather,
-                use_distributed_optimizer=optimizer.distributed,
+                overlap_param_gather=parallel.overlap and is_distributed,
+                use_distributed_optimizer=is_distributed,
             ),
             chunk,
             # Only the first chunk's reduction ends up behind the last backward pass, where small pieces pay.

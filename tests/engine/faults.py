@@ -76,21 +76,13 @@ def local_positions() -> Mend:
 
 
 def unreduced_norm() -> Mend:
-    """Shards are not marked as such, so that the norm counts one tensor-parallel rank's alone."""
+    """Shards are not known as such, so that the norm counts one tensor-parallel rank's alone."""
+    from megatron.core import parallel_state, tensor_parallel
 
-    def unmark(original: Any) -> Any:
-        def build(config: Any, chunks: Any) -> Any:
-            marked = [p for chunk in chunks for p in chunk.parameters() if getattr(p, "tensor_model_parallel", False)]
-            for parameter in marked:
-                parameter.tensor_model_parallel = False
-            built = original(config, chunks)
-            for parameter in marked:
-                parameter.tensor_model_parallel = True
-            return built
+    def forget(original: Any) -> Any:
+        return lambda parameter, group=None: parallel_state.get_tensor_model_parallel_rank() == 0
 
-        return build
-
-    return _swap(optimizer, "get_megatron_optimizer", unmark)
+    return _swap(tensor_parallel, "param_is_not_tensor_parallel_duplicate", forget)
 
 
 def context_factor() -> Mend:
