@@ -21,6 +21,7 @@ BOUNDED: dict[str, dict[str, str]] = {
     "megatron_orz/ops/token_loss.py": {"reduction.wait": GROUP},
     "megatron_orz/rollout/gloo_transport.py": dict.fromkeys(("part.wait", "send.wait"), GROUP),
     "megatron_orz/rollout/nccl_transport.py": {".wait": GROUP},
+    "megatron_orz/rollout/sglang_group.py": {".wait": GROUP},
     "megatron_orz/rollout/replica.py": {"self._has_memory.wait": "set at the trainer's next hand-over, or cancelled"},
     "megatron_orz/rollout/client.py": {"http.request": "asyncio.timeout is around it, and covers the whole answer"},
     "megatron_orz/rewards/math_answer.py": {"self._idle.get": "a process is given back after its own deadline"},

@@ -91,7 +91,7 @@ def _send(connection: socket.socket, parts: Sequence[np.ndarray]) -> None:
 
 
 def _receive(port: int, sizes: Sequence[int]) -> None:
-    connections = [socket.create_connection(("127.0.0.1", port), TIMEOUT_S) for _ in sizes]
+    connections = [socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) for _ in sizes]
     for index, connection in enumerate(connections):
         connection.sendall(bytes([index]))
     _in_threads(_drain, list(zip(connections, sizes, strict=True)))

@@ -33,7 +33,10 @@ def seconds_alone(run_dir: Path, rows: Sequence[Metrics]) -> list[float | None]:
     """
     path = run_dir / TIMELINE_FILE
     if not path.exists():
-        raise ValueError(f"{path} is missing: without it nobody knows how long servers generated beside the trainer")
+        raise ValueError(
+            f"{path} is missing, and nothing else says how long servers generated beside the trainer; put it back, or "
+            "fit on another run"
+        )
     steps, begin = _steps(path), 0
     found: list[float | None] = []
     for row in rows:
