@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers.utils.logging import disable_progress_bar
 
 from megatron_orz import terminal
@@ -83,6 +84,8 @@ class Arguments:
     """Timed runs of each implementation, after one to warm up."""
     memory: bool = True
     """One more run of each implementation for its peak memory."""
+    traces: Path | None = None
+    """A folder for a Chrome trace of one more run of ours in each task, which Perfetto shows."""
     output: Path | None = None
     """Where the figures go; by default bench/results/<device>-train.json."""
 
@@ -195,6 +198,9 @@ def measure(
             resident_bytes=dict(contender.resident_bytes()),
             peak_bytes=peak_bytes,
         )
+    if arguments.traces is not None:
+        progress.update(where, description=f"{task}: trace")
+        write_trace(contenders[OURS], arguments.traces / f"{task}.json.gz")
     progress.remove_task(where)
     lengths = torch.cat([e.cu_seqlens.diff() for e in experience]).tolist()
     architecture = read_architecture(folder)
@@ -263,6 +269,15 @@ def build(
             of_step = partial(trainer.step, rows, loss)
             contenders[layout] = Contender(of_step if is_step else partial(trainer.infer, rows), trainer.resident_bytes)
     return contenders
+
+
+def write_trace(run: Callable[[], object], path: Path) -> None:
+    """Writes the Chrome trace of one run: every operator with its time, on the CPU and on CUDA."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
+        run()
+    profiler.export_chrome_trace(str(path))
 
 
 def _loss(engine: PolicyEngine | CriticEngine) -> Callable[..., LossOutput]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from dataclasses import replace
@@ -74,6 +75,18 @@ def test_every_task_is_compared_timed_and_written(tmp_path: Path) -> None:
     assert policy["rows"][OURS]["resident_bytes"]["weights"] == weights
     assert policy["rows"][OURS]["resident_bytes"]["optimizer"] == 2 * weights
     assert "TFLOP of the model" in written.getvalue()
+
+
+def test_a_trace_shows_the_operators_of_one_update(tmp_path: Path) -> None:
+    others = (PACKED, PADDED, BY_LENGTH)
+    arguments = replace(TINY, only=("policy",), without=others, repeats=1, memory=False)
+    train.run(
+        replace(arguments, traces=tmp_path / "traces", output=tmp_path / "tiny.json"), Console(file=io.StringIO())
+    )
+    with gzip.open(tmp_path / "traces" / "policy.json.gz", "rt") as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"]]
+    assert names.count("aten::_fused_adamw_") == 2  # with weight decay and without
+    assert "_LinearTokenLossBackward" in names
 
 
 def test_another_loss_is_seen(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
