@@ -11,7 +11,6 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from megatron_orz import terminal
 from megatron_orz.simulation.course import Course
 from megatron_orz.simulation.profile import Profile
 from megatron_orz.simulation.runs import MeasuredRun
@@ -23,7 +22,7 @@ Outcomes = Mapping[int, Sequence[Outcome]]
 
 def outcome_table(profile: Profile, outcomes: Outcomes) -> Table:
     """A line for each mode on each number of GPUs, at its best split; gains are over the first mode."""
-    table = terminal.table(f"{profile.name}: a step, at the best split of the GPUs", [])
+    table = Table(title=f"{profile.name}: a step, at the best split of the GPUs")
     for column in ("GPUs", "mode"):
         table.add_column(column, justify="right" if column == "GPUs" else "left", no_wrap=True)
     columns = ("trainer + fleet", "step s", "gain", "train s", "wait s", "sync s", "idle: trainer", "fleet", "all")
@@ -52,8 +51,10 @@ def outcome_table(profile: Profile, outcomes: Outcomes) -> Table:
 
 def check_table(pairs: Sequence[tuple[MeasuredRun, Course]]) -> Table:
     """Measured runs beside what is predicted of them: means of their steps."""
-    columns = ("prompts x responses", "ahead", "servers", "measured step s", "predicted", "error")
-    table = terminal.table("predicted, and measured", ["run"], columns)
+    table = Table(title="predicted, and measured")
+    table.add_column("run")
+    for column in ("prompts x responses", "ahead", "servers", "measured step s", "predicted", "error"):
+        table.add_column(column, justify="right")
     for run, course in pairs:
         s = run.setting
         table.add_row(
@@ -70,7 +71,7 @@ def check_table(pairs: Sequence[tuple[MeasuredRun, Course]]) -> Table:
 
 def source_table(profile: Profile) -> Table:
     """Every number of the profile, and where it is from."""
-    table = terminal.table(f"{profile.name}: what is simulated with", ["what", "value", "from"])
+    table = Table("what", "value", "from", title=f"{profile.name}: what is simulated with")
     for name, source in profile.sources.items():
         table.add_row(name, _short(profile, name), source)
     return table
