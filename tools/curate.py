@@ -74,12 +74,11 @@ class Run:
         if not self.input:
             raise ValueError("--input names no file; give at least one")
         resolve_template(self.difficulty.template)
-        longest = self.difficulty.max_prompt_tokens + self.sampling.max_response_tokens
-        if self.difficulty.model and longest > self.fleet.max_model_tokens:
-            raise ValueError(
-                f"a prompt of {self.difficulty.max_prompt_tokens} tokens and a response of "
-                f"{self.sampling.max_response_tokens} exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; "
-                "raise it, or lower difficulty.max_prompt_tokens or sampling.max_response_tokens"
+        if self.difficulty.model:
+            self.fleet.check_longest(
+                max_prompt_tokens=self.difficulty.max_prompt_tokens,
+                max_response_tokens=self.sampling.max_response_tokens,
+                prompt_option="difficulty.max_prompt_tokens",
             )
         for model in (self.encoder, self.difficulty.model):
             if model and not (model / "config.json").is_file():

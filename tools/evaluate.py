@@ -100,12 +100,11 @@ class Run:
             raise ValueError(f"max_items {self.max_items} < 1; leave it out for all items")
         if not self.data:
             raise ValueError("data names no file; give at least one benchmark file")
-        longest = self.max_prompt_tokens + self.sampling.max_response_tokens
-        if longest > self.fleet.max_model_tokens and self.server is None:
-            raise ValueError(
-                f"a prompt of {self.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
-                f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower max_prompt_tokens or "
-                "sampling.max_response_tokens"
+        if self.server is None:
+            self.fleet.check_longest(
+                max_prompt_tokens=self.max_prompt_tokens,
+                max_response_tokens=self.sampling.max_response_tokens,
+                prompt_option="max_prompt_tokens",
             )
         names = [path.stem for path in self.data]
         if len(set(names)) < len(names):

@@ -158,6 +158,18 @@ class FleetConfig:
         )
         return replace(self, num_servers=self.num_servers // num_nodes, min_servers=1)
 
+    def check_longest(self, *, max_prompt_tokens: int, max_response_tokens: int, prompt_option: str) -> None:
+        """Raises ValueError where the longest prompt and response together exceed `max_model_tokens`.
+
+        prompt_option: what sets the length of prompts.
+        """
+        require(
+            max_prompt_tokens + max_response_tokens <= self.max_model_tokens,
+            f"a prompt of {max_prompt_tokens} tokens and a response of {max_response_tokens} exceed "
+            f"fleet.max_model_tokens {self.max_model_tokens}; raise it, or lower {prompt_option} or "
+            "sampling.max_response_tokens",
+        )
+
     def server_gpus(self, index: int, *, num_gpus: int) -> tuple[int, ...]:
         """The GPUs of the `index`-th server, of the `num_gpus` the trainer sees. Raises ValueError if it lacks them."""
         gpus = self.gpus or tuple(range(self.num_servers * self.server_tp))

@@ -55,12 +55,10 @@ class Config:
             f"deterministic needs fleet.kind local, not {self.fleet.kind}: what a server computes together depends on "
             "when requests arrive; set fleet.kind, or turn deterministic off",
         )
-        longest = self.data.max_prompt_tokens + self.sampling.max_response_tokens
-        require(
-            longest <= self.fleet.max_model_tokens,
-            f"a prompt of {self.data.max_prompt_tokens} tokens and a response of {self.sampling.max_response_tokens} "
-            f"exceed fleet.max_model_tokens {self.fleet.max_model_tokens}; raise it, or lower "
-            "data.max_prompt_tokens or sampling.max_response_tokens",
+        self.fleet.check_longest(
+            max_prompt_tokens=self.data.max_prompt_tokens,
+            max_response_tokens=self.sampling.max_response_tokens,
+            prompt_option="data.max_prompt_tokens",
         )
         if self.ppo.max_staleness:
             require(
@@ -94,7 +92,7 @@ class Config:
             f"fleet.delta saves nothing with {served} servers, as nearly all such weights change at every step; set "
             "fleet.dtype to bfloat16, or fleet.delta to false",
         )
-        multiple = self.parallel.pack_multiple
+        longest, multiple = self.data.max_prompt_tokens + self.sampling.max_response_tokens, self.parallel.pack_multiple
         least = -(-longest // multiple) * multiple
         require(
             least <= self.data.max_pack_tokens,

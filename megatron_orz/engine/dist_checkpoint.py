@@ -1,4 +1,4 @@
-"""Live models from and to distributed checkpoints through megatron-core: what one layout saves, any other loads."""
+"""Live models from distributed checkpoints through megatron-core: what one layout saves, any other loads."""
 
 from __future__ import annotations
 
@@ -43,11 +43,6 @@ def fill(chunks: Sequence[HeadlessGPTModel], loaded: dict[str, Any], *, may_lack
         left_out = [key for key in missing if not key.endswith("_extra_state")]
         assert set(left_out) <= set(may_lack), left_out
         assert not unexpected, unexpected
-
-
-def save_torch_dist(chunks: Sequence[HeadlessGPTModel], path: Path) -> None:
-    """Writes the weights into an empty directory that every rank sees. A collective over all ranks."""
-    dist_checkpointing.save(sharded_states(chunks), str(path), content_metadata=CONTENT)
 
 
 def sharded_states(chunks: Sequence[HeadlessGPTModel]) -> dict[str, dict[str, Any]]:

@@ -32,7 +32,6 @@ class Mesh:
     world_size: int
     tp_rank: int
     pp_rank: int
-    cp_rank: int
     dp_rank: int
     dp_size: int
     tp_group: dist.ProcessGroup
@@ -162,7 +161,6 @@ def open_mesh(config: ParallelConfig, *, seed: int, deterministic: bool = False)
             world_size=dist.get_world_size(),
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-            cp_rank=parallel_state.get_context_parallel_rank(),
             dp_rank=parallel_state.get_data_parallel_rank(),
             dp_size=parallel_state.get_data_parallel_world_size(),
             tp_group=parallel_state.get_tensor_model_parallel_group(),

@@ -59,6 +59,24 @@ class Answer:
     """(index of the first token, version of the weights) of every stretch of tokens that one version sampled."""
 
 
+def sampling_parameters(sampling: SamplingConfig) -> dict[str, Any]:
+    """What a request says of sampling, by the names that vLLM and SGLang both use.
+
+    Every parameter a model's generation_config.json may set is given, else its default would apply.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop": list(sampling.stop),
+        "skip_special_tokens": False,  # so that a stop string may be a special token
+    }
+
+
 class ServerClient(Closeable):
     """A client of one server; a context manager. The subclasses know the schema of each kind of server.
 
@@ -78,10 +96,7 @@ class ServerClient(Closeable):
 
     @abstractmethod
     def body(self, request: GenerationRequest) -> dict[str, Any]:
-        """The JSON of a generation request.
-
-        Every parameter a model's generation_config.json may set is given, else its default would apply.
-        """
+        """The JSON of a generation request."""
 
     @abstractmethod
     def answers(self, reply: Any, request: GenerationRequest) -> list[Answer]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient
+from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient, sampling_parameters
 from megatron_orz.rollout.servers import ServerError
 
 
@@ -22,23 +22,14 @@ class SGLangClient(ServerClient):
 
     def body(self, request: GenerationRequest) -> dict[str, Any]:
         """The JSON of a generation request."""
-        sampling = request.sampling
         return {
             "rid": request.request_id,
             "input_ids": request.prompt.token_ids,
             "sampling_params": {
                 "n": request.num_responses,
-                "max_new_tokens": sampling.max_response_tokens,
-                "temperature": sampling.temperature,
-                "top_p": sampling.top_p,
-                "top_k": sampling.top_k,
-                "min_p": 0.0,
-                "repetition_penalty": 1.0,
-                "presence_penalty": 0.0,
-                "frequency_penalty": 0.0,
-                "stop": list(sampling.stop),
+                "max_new_tokens": request.sampling.max_response_tokens,
                 "no_stop_trim": True,
-                "skip_special_tokens": False,  # so that a stop string may be a special token
+                **sampling_parameters(request.sampling),
             },
             "return_logprob": True,
             "logprob_start_len": -1,  # of the response only

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient
+from megatron_orz.rollout.client import Answer, GenerationRequest, Memory, ServerClient, sampling_parameters
 from megatron_orz.rollout.servers import MODEL_NAME
 
 
@@ -26,24 +26,15 @@ class VLLMClient(ServerClient):
 
     def body(self, request: GenerationRequest) -> dict[str, Any]:
         """The JSON of a generation request."""
-        sampling = request.sampling
         return {
             "model": self._model,
             "request_id": request.request_id,
             "prompt": request.prompt.token_ids,
             "n": request.num_responses,
             "seed": request.seed,
-            "max_tokens": sampling.max_response_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "stop": list(sampling.stop),
+            "max_tokens": request.sampling.max_response_tokens,
+            **sampling_parameters(request.sampling),
             "include_stop_str_in_output": True,
-            "skip_special_tokens": False,  # so that a stop string may be a special token
             "return_token_ids": True,
             "logprobs": 0,
         }

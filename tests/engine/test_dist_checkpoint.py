@@ -59,9 +59,12 @@ def assert_equal(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> Non
 
 def load_and_save(root: Path, families: tuple[str, ...], layout: str, form: str, save: bool) -> None:
     """What one rank does: loads every model of a form, compares it with its source, and saves it again."""
+    from megatron.core import dist_checkpointing
+
     from megatron_orz.engine import platform
-    from megatron_orz.engine.dist_checkpoint import save_torch_dist
+    from megatron_orz.engine.dist_checkpoint import sharded_states
     from megatron_orz.engine.parallel import open_mesh
+    from megatron_orz.engine.torch_dist import CONTENT
 
     with open_mesh(LAYOUTS[layout], seed=0) as mesh:
         for path in (root / family / model for family in families for model in ("policy", "critic")):
@@ -70,7 +73,8 @@ def load_and_save(root: Path, families: tuple[str, ...], layout: str, form: str,
             if save:
                 (path / layout).mkdir(exist_ok=True)
                 with platform.megatron_calls():
-                    save_torch_dist(engine.chunks, path / layout)
+                    states = sharded_states(engine.chunks)
+                    dist_checkpointing.save(states, str(path / layout), content_metadata=CONTENT)
                 (path / layout / "config.json").write_text((path / "hf" / "config.json").read_text())
 
 
