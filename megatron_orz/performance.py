@@ -44,7 +44,8 @@ class PerformanceMeter:
         self._num_generators = _num_generators(config, world_size)
         self._peak = peak_flops(device, DTYPES[config.policy.dtype]).rate
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._rollouts: Sequence[Rollout] = ()
+        self._lengths: list[int] = []
+        self._num_response_tokens = 0
         self._last_record: float | None = None
 
     def on_span(self, name: str, start: float, end: float) -> None:
@@ -57,7 +58,8 @@ class PerformanceMeter:
         """`record`, which shows its rollouts to the meter too."""
 
         def record_and_observe(step: int, rollouts: Sequence[Rollout]) -> Metrics:
-            self._rollouts = rollouts
+            self._lengths = [rollout.num_tokens for rollout in rollouts]
+            self._num_response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
             return record(step, rollouts)
 
         return record_and_observe
@@ -65,15 +67,14 @@ class PerformanceMeter:
     def metrics(self) -> Metrics:
         """Of the step that ends; nothing where it had no rollouts."""
         now = time.perf_counter()
-        seconds, rollouts, start = self._seconds, self._rollouts, self._last_record
-        self._seconds, self._rollouts, self._last_record = defaultdict(float), (), now
-        if not rollouts or start is None:
+        seconds, lengths, start = self._seconds, self._lengths, self._last_record
+        self._seconds, self._lengths, self._last_record = defaultdict(float), [], now
+        if not lengths or start is None:
             return {}
-        num_tokens = sum(rollout.num_tokens for rollout in rollouts)
-        num_response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        num_tokens, num_response_tokens = sum(lengths), self._num_response_tokens
         tokens = {"generate": num_response_tokens, "infer": num_tokens, "critic": num_tokens, "policy": num_tokens}
         policy_infers = self._needs_old_log_probs or seconds["policy"] == 0
-        flops = self._phase_flops(rollouts, num_response_tokens, policy_infers=policy_infers)
+        flops = self._phase_flops(lengths, num_response_tokens, policy_infers=policy_infers)
         metrics: Metrics = {}
         for phase in flops:
             if seconds[phase] > 0 and flops[phase] > 0:
@@ -89,10 +90,7 @@ class PerformanceMeter:
             "perf/peak_tflops": self._peak / 1e12,
         }
 
-    def _phase_flops(
-        self, rollouts: Sequence[Rollout], num_response_tokens: int, *, policy_infers: bool
-    ) -> dict[str, int]:
-        lengths = [rollout.num_tokens for rollout in rollouts]
+    def _phase_flops(self, lengths: Sequence[int], num_response_tokens: int, *, policy_infers: bool) -> dict[str, int]:
         policy = model_flops(self._policy, lengths, num_head_tokens=num_response_tokens)
         critic = Flops(layers=0, attention=0, head=0)
         if self._critic is not None:

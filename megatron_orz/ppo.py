@@ -75,12 +75,13 @@ def run(
             rollouts = fleet.generate(chosen, num_responses=ppo.num_responses, seed=seed, on_rollout=advance)
         with log.span("reward"), log.progress("reward", total=len(rollouts)) as advance:
             rollouts = grader.grade(rollouts, on_grade=advance)
-        metrics = record_rollouts(step, rollouts)
+        metrics, num_tokens = record_rollouts(step, rollouts), sum(rollout.num_tokens for rollout in rollouts)
 
         # log pi_old, V_old and log pi_ref, then advantages A_t and returns R_t, such as by GAE(gamma, lambda).
         num_critic_updates, num_policy_updates = ppo.num_updates(step)
         with log.span("infer"):
             batches = pack_rollouts(rollouts, algorithm.rewards(rollouts), step, config, ranks)
+            del rollouts  # every rank holds all of them; packs are its share
             reference.refresh(step)
             sampler = Absent() if algorithm.is_on_policy(num_policy_updates) else policy
             inferred = [model.infer(batches) for model in (sampler, critic, reference)]
@@ -92,8 +93,8 @@ def run(
         policy_metrics, experience = update_policy(policy, trained, experience, num_policy_updates, algorithm, log)
         metrics |= policy_metrics | experience_metrics(experience, moments, ranks, has_critic=ppo.uses_critic)
         metrics |= importance_metrics(experience, ranks, cap=ppo.importance_cap, level=ppo.importance_level)
-        log.record(step, metrics | scores | speed(rollouts, start))
-        del rollouts, batches, inferred, experience, trained  # those of the next step need the room
+        log.record(step, metrics | scores | speed(num_tokens, start))
+        del batches, inferred, experience, trained  # those of the next step need the room
         on_step_end(step + 1)
 
 
@@ -155,9 +156,9 @@ def update_policy(
     return metrics, [replace(e, old_log_probs=x) for e, x in zip(experience, old_log_probs, strict=True)]
 
 
-def speed(rollouts: Sequence[Rollout], start: float) -> Metrics:
+def speed(num_tokens: int, start: float) -> Metrics:
     """Tokens of prompts and responses a second, since `start`."""
-    return {"tokens_per_s": sum(rollout.num_tokens for rollout in rollouts) / (time.perf_counter() - start)}
+    return {"tokens_per_s": num_tokens / (time.perf_counter() - start)}
 
 
 def rollout_seed(seed: int, step: int) -> int:

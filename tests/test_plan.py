@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.memory import num_parameters
+from megatron_orz.engine.budget import SERVER_RESIDUE, TRAINER_RESIDUE, UPDATE_BUFFERS
+from megatron_orz.engine.memory import kv_cache_bytes, num_parameters
 from tools.plan import GIB, USABLE_SHARE, Arguments, plans, reasons, suggest
 
 QWEN2_5_7B = {
@@ -75,3 +76,35 @@ def test_what_cannot_fit_is_said(model: Path) -> None:
     done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
     assert done.returncode == 2
     assert "error: no layout fits 80 GiB; the smallest, dp 1, recompute full, needs" in done.stderr
+
+
+def test_the_page_shows_the_plan_of_the_colocated_recipe_and_its_sums(model: Path, architecture: Architecture) -> None:
+    """Each figure of the page is that of the plan, and all moments fit on a GPU of 80 GB."""
+    page = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text()
+    arguments = Arguments(model=model, gpus=8)
+    chosen = suggest(plans(architecture, arguments), arguments)
+    assert chosen is not None
+    assert chosen.describe() == "tp 4 dp 2, recompute none"
+    models = chosen.policy, chosen.critic
+    parts = {
+        "weights": [memory.weights for memory in models],
+        "gradients": [memory.gradients for memory in models],
+        "main weights and moments": [memory.optimizer for memory in models],
+        "activations": [memory.activations for memory in models],
+    }
+    for part, (policy, critic) in parts.items():
+        assert f"| {part} | {policy / GIB:.2f} | {critic / GIB:.2f} |" in page
+    weights, gradients, optimizer = (sum(parts[part]) / GIB for part in list(parts)[:3])
+    held = f"{weights:.2f} + {gradients:.2f} + {optimizer:.2f}"
+    assert f"while it trains     {held} + {chosen.policy.activations / GIB:.2f} = {chosen.training / GIB:.1f}" in page
+    resident = sum(memory.resident for memory in models) / GIB
+    server = num_parameters(architecture) * 2 / GIB
+    buffers, residue = UPDATE_BUFFERS / GIB, SERVER_RESIDUE / GIB
+    update = resident + server + buffers + residue
+    assert f"during an update    {held} = {resident:.1f}, {server:.1f} of the server's weights" in page
+    assert f"{buffers:.2f} of buffers, {residue:.0f} of its rest: {update:.1f}\n" in page
+    cache = kv_cache_bytes(architecture, num_tokens=arguments.kv_tokens, server_tp=1) / GIB
+    generation = server + cache + TRAINER_RESIDUE / GIB
+    assert f"{cache:.1f} for the keys and values of {arguments.kv_tokens} tokens" in page
+    assert f"of the offloaded trainer: {generation:.1f}\n" in page
+    assert max(chosen.training / GIB + residue, update, generation) < USABLE_SHARE * 80

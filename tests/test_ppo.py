@@ -45,6 +45,7 @@ from tests.bigram import (
     StaleFleet,
     TableCritic,
     TableFleet,
+    TableModel,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -149,20 +150,34 @@ def test_a_run_goes_on_behind_the_steps_that_are_done(run: Run, tmp_path: Path) 
         assert before.get("policy/loss") == after.get("policy/loss")
 
 
-def test_a_step_begins_without_the_rollouts_and_the_experience_of_the_last_one(
+def num_alive(*kinds: type) -> int:
+    return sum(type(thing) in kinds for thing in gc.get_objects())
+
+
+def test_updates_do_without_the_rollouts_and_the_next_step_without_the_experience(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive: list[int] = []
+    alive_in_updates: list[int] = []
+    take_step = TableModel.take_step
+
+    def watched_step(model: TableModel, *arguments: Any) -> Metrics:
+        model.run.events.clear()  # which would keep them all
+        alive_in_updates.append(num_alive(Rollout))
+        return take_step(model, *arguments)
 
     def update_weights(fleet: TableFleet, weights: NamedWeights, version: int) -> None:
         fleet.log_p, fleet.version = dict(weights)["table"].log_softmax(-1), version
-        fleet.run.events.clear()  # which would keep them all
-        alive.append(sum(type(thing) in (Rollout, PackedBatch, Experience) for thing in gc.get_objects()))
+        fleet.run.events.clear()
+        alive.append(num_alive(Rollout, PackedBatch, Experience))
 
+    num_before = num_alive(Rollout)
+    monkeypatch.setattr(TableModel, "take_step", watched_step)
     monkeypatch.setattr(TableFleet, "update_weights", update_weights)
     train(config(tmp_path))
     assert len(alive) == 5
     assert len(set(alive)) == 1
+    assert alive_in_updates == [num_before] * 12
 
 
 def test_an_epoch_takes_every_prompt_once(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ README = (ROOT / "README.md").read_text()
 
 # What the page leaves out of the loop: timing, progress bars, metrics, and the last evaluation.
 BOOKKEEPING = re.compile(
-    r"^(with |start = |scores = |metrics = |metrics \|= (policy|importance)_metrics|num_tokens = |del |log\.|return$"
+    r"^(with |start = |scores = |metrics(, num_tokens)? = |metrics \|= (policy|importance)_metrics|del |log\.|return$"
     r"|if step == ppo\.num_steps:$)"
 )
 

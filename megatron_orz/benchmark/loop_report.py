@@ -86,19 +86,24 @@ def memory_table(loop: Loop) -> Table:
     """A line for each run: the peak of all, then of ours the peak of each phase and what the models hold."""
     title = f"memory in MiB, {loop.lengths} lengths"
     result = Table(title=title, caption="of models, policy and critic together", caption_justify="left")
-    for column in ("", "peak", *PHASES, *PARTS):
+    held = {part: {name: _held_gib(loop, name, part) for name in loop.rows} for part in PARTS}
+    parts = [part for part in PARTS if any(held[part].values())]
+    for column in ("", "peak", *PHASES, *(part.replace("_", " ") for part in parts)):
         result.add_column(column, justify="right" if column else "left")
     for name, steps in loop.rows.items():
         cells = [f"{steps.peak_bytes / MIB:,.0f}"]
         for phase in PHASES:
             peak_gib = loop.median_of(name, f"memory/{phase}_peak_gib")
             cells.append("" if peak_gib is None else f"{1024 * peak_gib:,.0f}")
-        for part in PARTS:
-            held = [loop.median_of(name, f"memory/{model}_{part}_gib") for model in ("policy", "critic")]
-            held_gib = sum(gib for gib in held if gib is not None)
-            cells.append(f"{1024 * held_gib:.1f}" if held_gib else "")
+        for part in parts:
+            cells.append(f"{1024 * held[part][name]:.1f}" if held[part][name] else "")
         result.add_row(name, *cells, style="bold" if name == OURS else None)
     return result
+
+
+def _held_gib(loop: Loop, name: str, part: str) -> float:
+    """Of policy and critic together; 0 of runs that are not ours."""
+    return sum(loop.median_of(name, f"memory/{model}_{part}_gib") or 0.0 for model in ("policy", "critic"))
 
 
 def as_json(loop: Loop) -> dict[str, Any]:
