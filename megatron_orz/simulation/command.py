@@ -76,7 +76,10 @@ def run(arguments: Arguments, console: Console | None = None) -> None:
     if arguments.against:
         runs = [read_run(path) for path in arguments.against]
         steps, seed = arguments.num_steps, arguments.seed
-        checked = [(run, simulate(profile, run.setting, num_steps=steps, seed=seed)) for run in runs]
+        checked = [
+            (run, simulate(profile.with_max_running(run.max_running), run.setting, num_steps=steps, seed=seed))
+            for run in runs
+        ]
         console.print(check_table(checked))
     else:
         outcomes = simulate_all(profile, arguments)

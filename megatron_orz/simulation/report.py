@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -23,43 +24,65 @@ Outcomes = Mapping[int, Sequence[Outcome]]
 """By the number of GPUs."""
 
 
-COLUMNS = ("GPUs", "mode", "trainer + fleet", "step", "gain", "waits", "idle: trainer", "fleet", "all")
-COSTS = ("sync costs", "stragglers", "spread")
-
-
 def outcome_table(profile: Profile, outcomes: Outcomes) -> Table:
     """A line for each mode on each number of GPUs, at its best split; gains are over the first mode."""
+    columns = ("trainer + fleet", "step", "gain", "waits", "idle: trainer", "fleet", "all")
+    costs_columns = ("sync costs", "stragglers", "spread")
     title = f"{profile.name}: a step, at the best split of the GPUs"
-    table = terminal.table(title, COLUMNS[:2], (*COLUMNS[2:], *COSTS))
-    for of_modes in outcomes.values():
+    table = terminal.table(title, ["GPUs", "mode"], (*columns, *costs_columns))
+    for gpus, of_modes in outcomes.items():
         for outcome in of_modes:
-            cells = _cells(outcome, first=of_modes[0])
-            table.add_row(*cells, end_section=outcome is of_modes[-1])
+            course, costs = outcome.course, outcome.costs
+            idle = [course.trainer_idle, course.fleet_idle]
+            table.add_row(
+                str(gpus),
+                outcome.mode.name,
+                _split(outcome),
+                f"{course.step_s:.1f} s",
+                f"{of_modes[0].course.step_s / course.step_s:.2f} x",
+                f"{course.wait_s:.1f} s",
+                *(["-", "-"] if outcome.mode.colocated else [f"{share:.0%}" for share in idle]),
+                f"{course.gpu_idle:.0%}",
+                f"{costs.sync_s:.1f} s",
+                _stragglers(outcome),
+                f"{costs.spread_s:.1f} s",
+                end_section=outcome is of_modes[-1],
+            )
     return table
 
 
 def outcome_markdown(outcomes: Outcomes) -> str:
-    """The same table for a page."""
-    columns = (*COLUMNS, *COSTS)
-    rules = ["---" if column == "mode" else "---:" for column in columns]
-    rows = [_cells(outcome, first=of_modes[0]) for of_modes in outcomes.values() for outcome in of_modes]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (columns, rules, *rows))
+    """For a page: a line for each number of GPUs, a column for each mode."""
+    tables: tuple[tuple[str, Callable[[Outcome], str]], ...] = (
+        ("a step, with trainer + fleet", lambda outcome: f"{outcome.course.step_s:.0f} s, {_split(outcome)}"),
+        ("idle: trainer, fleet", _idle),
+        ("stragglers cost", _stragglers),
+    )
+    first = next(iter(outcomes.values()))
+    texts = []
+    for title, cell in tables:
+        rows = [[f"GPUs: {title}", *(outcome.mode.name for outcome in first)], ["---:"] * (1 + len(first))]
+        rows += [[str(gpus), *map(cell, of_modes)] for gpus, of_modes in outcomes.items()]
+        texts.append("".join(f"| {' | '.join(row)} |\n" for row in rows))
+    return "\n".join(texts)
 
 
-def _cells(outcome: Outcome, *, first: Outcome) -> list[str]:
-    course, setting, costs = outcome.course, outcome.course.setting, outcome.costs
-    idle = ["-", "-"] if setting.colocated else [f"{course.trainer_idle:.0%}", f"{course.fleet_idle:.0%}"]
-    return [
-        str(setting.gpus),
-        outcome.mode.name,
-        f"{setting.gpus} shared" if setting.colocated else f"{setting.trainer_gpus} + {setting.server_gpus}",
-        f"{course.step_s:.1f} s",
-        f"{first.course.step_s / course.step_s:.2f} x",
-        f"{course.wait_s:.1f} s",
-        *idle,
-        f"{course.gpu_idle:.0%}",
-        *(f"{seconds:.1f} s" for seconds in (costs.sync_s, costs.stragglers_s, costs.spread_s)),
-    ]
+def _split(outcome: Outcome) -> str:
+    setting = outcome.course.setting
+    return f"{setting.gpus} shared" if setting.colocated else f"{setting.trainer_gpus} + {setting.server_gpus}"
+
+
+def _idle(outcome: Outcome) -> str:
+    """Where both share all GPUs, of these."""
+    course = outcome.course
+    if outcome.mode.colocated:
+        return f"{course.gpu_idle:.0%}"
+    return f"{course.trainer_idle:.0%}, {course.fleet_idle:.0%}"
+
+
+def _stragglers(outcome: Outcome) -> str:
+    """Over-sampling trains on other responses, so that nothing can be compared."""
+    return "-" if outcome.mode.oversampling else f"{outcome.costs.stragglers_s:.1f} s"
 
 
 def check_table(pairs: Sequence[tuple[MeasuredRun, Course]]) -> Table:
@@ -117,7 +140,7 @@ def draw(profile: Profile, outcomes: Outcomes, picture: Path) -> None:
     panels: tuple[tuple[str, Callable[[Outcome], float]], ...] = (
         ("seconds a step, at the best split", lambda outcome: outcome.course.step_s),
         ("share of all GPUs' time that is idle", lambda outcome: outcome.course.gpu_idle),
-        ("share of a step that stragglers cost", lambda outcome: outcome.costs.stragglers_s / outcome.course.step_s),
+        ("share of a step that stragglers cost", _stragglers_share),
     )
     for axes, (label, value) in zip(by_gpus, panels, strict=False):
         for index in range(len(outcomes[counts[0]])):
@@ -129,6 +152,10 @@ def draw(profile: Profile, outcomes: Outcomes, picture: Path) -> None:
         by_gpus[0].set_yscale("log")
     figure.suptitle(f"{profile.name}, simulated")
     figure.savefig(picture, dpi=110)
+
+
+def _stragglers_share(outcome: Outcome) -> float:
+    return math.nan if outcome.mode.oversampling else outcome.costs.stragglers_s / outcome.course.step_s
 
 
 def _draw_splits(axes: Axes, outcomes: Outcomes, gpus: int) -> None:

@@ -146,39 +146,52 @@ def _steps(run_dir: Path, setting: Setting) -> list[MeasuredStep]:
 
 def _step(run_dir: Path, setting: Setting, row: Metrics, before: Metrics, generate_s: float | None) -> MeasuredStep:
     """The step of a row, which came after `before`."""
+    groups, sequence_tokens = _lengths(run_dir, row)
+    seconds = {name[len("time/") : -len("_s")]: value for name, value in row.items() if name.startswith("time/")}
+    phases = [seconds.get(phase, 0.0) for phase in MODEL_PHASES]
+    named = ("sync", "generate", "evaluate", *MODEL_PHASES)
+    rest_s = sum(value for name, value in seconds.items() if name not in named)
+    sync_s, wait_s = _sync(row, setting)
+    switch_s = 0.0
+    if setting.colocated:
+        # The first change of turns lies around the update, the second within what first asks a model.
+        switch_s = row["colocation/switch_s"] - before["colocation/switch_s"]
+        if switch_s < 0:  # a resumed run counts from 0
+            switch_s = row["colocation/switch_s"]
+        to_trainer_s = switch_s - (seconds["sync"] - sync_s)
+        asked = next((place for place, of_phase in enumerate(phases) if of_phase >= to_trainer_s), 0)
+        phases[asked] -= to_trainer_s
+    return MeasuredStep(
+        groups=groups,
+        sequence_tokens=sequence_tokens,
+        step_s=sum(seconds.values()) - seconds.get("evaluate", 0.0),
+        wait_s=seconds["generate"] + wait_s,
+        generate_s=generate_s,
+        sync_s=sync_s,
+        switch_s=switch_s,
+        phases_s=phases,
+        rest_s=rest_s,
+    )
+
+
+def _lengths(run_dir: Path, row: Metrics) -> tuple[list[list[int]], list[int]]:
+    """Response tokens of the siblings of each prompt, and positions of every rollout, in that order."""
     path = generations_file(run_dir, int(row["step"]))
     if not path.exists():
         raise ValueError(
             f"{path} is missing: without it nobody knows how long responses were; set generations.interval 1"
+        )
+    if row.get("generations/left_out"):
+        raise ValueError(
+            f"{path} lacks {row['generations/left_out']:.0f} rollouts, which are not known to be like the rest; raise "
+            "generations.max_mib"
         )
     groups: defaultdict[int, list[int]] = defaultdict(list)
     tokens: defaultdict[int, list[int]] = defaultdict(list)
     for generation in read_generations(path):
         groups[generation.prompt_id].append(generation.num_response_tokens)
         tokens[generation.prompt_id].append(generation.num_prompt_tokens + generation.num_response_tokens - 1)
-    seconds = {name[len("time/") : -len("_s")]: value for name, value in row.items() if name.startswith("time/")}
-    step_s = sum(seconds.values()) - seconds.get("evaluate", 0.0)
-    phases = [seconds.get(phase, 0.0) for phase in MODEL_PHASES]
-    sync_s, wait_s = _sync(row, setting)
-    switch_s = 0.0
-    if setting.colocated:
-        # The first change of turns lies around the update, the second within what first asks a model.
-        to_servers_s = row["time/sync_s"] - sync_s
-        total_s = row["colocation/switch_s"]
-        switch_s = total_s - before["colocation/switch_s"] if total_s >= before["colocation/switch_s"] else total_s
-        asked = next((place for place, of_phase in enumerate(phases) if of_phase >= switch_s - to_servers_s), 0)
-        phases[asked] -= switch_s - to_servers_s
-    return MeasuredStep(
-        groups=list(groups.values()),
-        sequence_tokens=list(chain.from_iterable(tokens.values())),
-        step_s=step_s,
-        wait_s=seconds["generate"] + wait_s,
-        generate_s=generate_s,
-        sync_s=sync_s,
-        switch_s=switch_s,
-        phases_s=phases,
-        rest_s=step_s - seconds["generate"] - seconds["sync"] - sum(seconds.get(phase, 0.0) for phase in MODEL_PHASES),
-    )
+    return list(groups.values()), list(chain.from_iterable(tokens.values()))
 
 
 def _sync(row: Metrics, setting: Setting) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from megatron_orz.simulation.course import simulate
 from megatron_orz.simulation.published import MAX_RESPONSE_TOKENS, MEAN_RESPONSE_TOKENS, NAMES, published_profile
 from megatron_orz.simulation.sweep import Mode, best_outcome, first_splits, modes, possible_splits, splits_between
 from tests.simulation.profiles import small_profile, small_setting
-from tests.simulation.test_measured import write_run
+from tests.simulation.test_measured import ITERATION_S, RESPONSE_S, write_run
 
 
 @pytest.mark.parametrize("max_staleness", [0, 1])
@@ -83,9 +84,11 @@ def test_the_files_hold_what_the_tables_show(tmp_path: Path) -> None:
     ]
     assert f"{written['outcomes'][-1]['course']['step_s']:.1f}" in text.getvalue()
     assert (tmp_path / "plan" / "simulation.png").read_bytes().startswith(b"\x89PNG")
-    lines = (tmp_path / "plan" / "simulation.md").read_text().splitlines()
-    assert {line.count("|") for line in lines} == {13}
-    assert f"{written['outcomes'][-1]['course']['step_s']:.1f} s" in lines[-1]
+    steps, idle, stragglers = (tmp_path / "plan" / "simulation.md").read_text().split("\n\n")
+    ahead = written["outcomes"][-2]["course"]
+    assert f" {ahead['step_s']:.0f} s, {ahead['setting']['trainer_gpus']} + " in steps.splitlines()[-1]
+    assert f" {ahead['trainer_idle']:.0%}, {ahead['fleet_idle']:.0%} |" in idle.splitlines()[-1]
+    assert stragglers.splitlines()[-1].endswith(f" {written['outcomes'][-2]['costs']['stragglers_s']:.1f} s | - |")
     assert "saved generations" in text.getvalue(), "where the numbers are from"
 
 
@@ -100,6 +103,10 @@ def test_a_run_is_compared_with_its_prediction(tmp_path: Path) -> None:
     (check,) = json.loads((tmp_path / "plan" / "simulation.json").read_text())["checks"]
     assert check["step_s"] == pytest.approx(check["measured_step_s"], rel=0.05)
     assert "error" in text.getvalue()
+    fewer = write_run(tmp_path / "fewer", num_prompts=12, num_responses=8, max_running=1)
+    run(replace(arguments, against=(fewer,)), Console(file=text, width=250))
+    (check,) = json.loads((tmp_path / "plan" / "simulation.json").read_text())["checks"]
+    assert check["wait_s"] == pytest.approx(12 * 8 * 32.5 * (ITERATION_S + RESPONSE_S), rel=0.05), "one by one"
 
 
 @pytest.mark.parametrize("name", NAMES)

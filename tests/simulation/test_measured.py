@@ -284,6 +284,14 @@ def test_servers_that_decode_fewer_together_tell_the_cost_of_a_pass(tmp_path: Pa
     assert decoding.max_running == RUNNING_ON_CPU
 
 
+def test_a_step_whose_rollouts_were_not_all_saved_is_refused(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_prompts=2, num_responses=3)
+    metrics = run / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"step": 2', '"step": 2, "generations/left_out": 4.0'))
+    with pytest.raises(ValueError, match=r"step-000002\.parquet lacks 4 rollouts"):
+        read_run(run)
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json cannot be read"):
         read_run(tmp_path)
