@@ -12,6 +12,7 @@ import pytest
 from megatron_orz.launch.lifeline import LOST_S
 from megatron_orz.launch.processes import END_S
 from megatron_orz.logs import read_metrics
+from megatron_orz.rollout.replica import _RESTART_DELAYS_S
 from tests.faults.tiny_run import write_recipe
 from tests.launching.hosts import TIMEOUT_S, Job, ip, link, open_hosts, why_not
 
@@ -91,7 +92,8 @@ def test_the_servers_of_a_host_that_disappears_are_missed_and_named(tmp_path: Pa
         ip("link", "set", link(1), "down")
         lost = time.monotonic()
         code = job.wait(0)
-        assert time.monotonic() - lost < 30 + 3 * 10 + 120, job.said()
+        # A server is asked again after up to 60 s, five times in all; the machine may be busy.
+        assert time.monotonic() - lost < sum(_RESTART_DELAYS_S) + 5 * 10 + 120, job.said()
         assert code == 2
         assert job.processes(0) == [], job.said()
         # What the batch script does: the servers' own host has not heard of the end.
