@@ -17,6 +17,7 @@ LOST_S = 45
 """After which a node that does not answer is lost."""
 _NUM_PROBES = 6
 _JOIN_TIMEOUT_S = 60.0
+_HELLO_TIMEOUT_S = 2.0
 _NUMBER_BYTES = 4
 _END = b"end"
 """What an agent says when it leaves in order; before it, the number of its node."""
@@ -25,9 +26,12 @@ _END = b"end"
 class Lifeline:
     """The connections of one agent; a context manager that leaves in order."""
 
-    def __init__(self, *, listener: socket.socket | None = None, to_first: socket.socket | None = None) -> None:
-        """listener: of the first node. to_first: of the others."""
+    def __init__(
+        self, *, listener: socket.socket | None = None, num_nodes: int = 0, to_first: socket.socket | None = None
+    ) -> None:
+        """listener, num_nodes: of the first node. to_first: of the others."""
         self._listener = listener
+        self._num_nodes = num_nodes
         self._lines = {} if to_first is None else {0: to_first}  # to other nodes, by their number
         self._lost: int | None = None
 
@@ -36,7 +40,7 @@ class Lifeline:
         """That of the first node, before the others know of it."""
         listener = socket.create_server((address, port), backlog=num_nodes)
         listener.setblocking(False)
-        return cls(listener=listener)
+        return cls(listener=listener, num_nodes=num_nodes)
 
     @classmethod
     def join(cls, address: str, port: int, *, node_rank: int) -> Self:
@@ -85,13 +89,15 @@ class Lifeline:
                 line, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            line.settimeout(_JOIN_TIMEOUT_S)
+            line.settimeout(_HELLO_TIMEOUT_S)
             try:
                 node = int.from_bytes(line.recv(_NUMBER_BYTES), "big")
-            except OSError:  # whoever it was
+            except OSError:
+                node = 0
+            if 0 < node < self._num_nodes:
+                self._lines[node] = _probed(line)
+            else:  # somebody else
                 line.close()
-                continue
-            self._lines[node] = _probed(line)
 
     def __enter__(self) -> Self:
         return self

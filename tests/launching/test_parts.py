@@ -127,6 +127,9 @@ def test_a_node_that_goes_without_a_word_is_lost_to_the_others() -> None:
         with join(node_rank=2) as third:
             assert [node.lost() for node in (first, second, third)] == [None] * 3
         assert first.lost() is None, "one has left in order"
+        with socket.create_connection(("127.0.0.1", port), timeout=30):
+            pass
+        assert first.lost() is None, "it was none of the job"
         second._lines.pop(0).close()  # as the system does for a process that was killed
         deadline = time.monotonic() + 30
         while first.lost() is None and time.monotonic() < deadline:
