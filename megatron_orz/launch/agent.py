@@ -23,8 +23,9 @@ from signal import SIGINT, SIGTERM
 from typing import Any
 
 from megatron_orz.checkpoint.preemption import REQUEUE
-from megatron_orz.command_line import INTERRUPTED, USER_ERROR, plain_errors, read_command, split_options
+from megatron_orz.command_line import INTERRUPTED, RANK_LOST, USER_ERROR, plain_errors, read_command, split_options
 from megatron_orz.launch.job import Role
+from megatron_orz.launch.lifeline import LOST_S, Lifeline
 from megatron_orz.launch.lock import job_lock
 from megatron_orz.launch.node import Node, check_equal, node_address, node_name
 from megatron_orz.launch.notices import NodeError, Notices
@@ -98,10 +99,12 @@ class Agent:
                     stack.enter_context(job_lock(arguments.state_dir, attempt=self._attempt))
                     self._notices.remove_others()
                 node = self._check_node()
-                # One port for the check and another for the run: what listened on the first may not be gone at once.
+                # For the run, the check (what listened there may not be gone at once), and the agents themselves.
                 port = 0
                 if self._node_rank == 0:
-                    port = choose_ports(node.address, arguments.port, count=2, options="--master-port")
+                    port = choose_ports(node.address, arguments.port, count=3, options="--master-port")
+                    lifeline = Lifeline.host(node.address, port + 2, num_nodes=arguments.num_nodes)
+                    stack.enter_context(lifeline)
                 self._notices.publish(own, {"node": node.to_json(), "port": port})
             except (ValueError, OSError) as error:
                 self._notices.publish_failure(own, str(error))
@@ -111,10 +114,12 @@ class Agent:
             nodes = [Node.from_json(notice["node"]) for notice in found]
             check_equal(nodes)
             address, port = nodes[0].address, found[0]["port"]
+            if self._node_rank:
+                lifeline = stack.enter_context(Lifeline.join(address, port + 2, node_rank=self._node_rank))
             self._say(f"{len(nodes)} nodes are here: {', '.join(other.name for other in nodes)}")
             if arguments.num_nodes * arguments.num_processes > 1:
                 self._exchange(address, port + 1)
-            return self._run_ranks(address, port, self._find_servers(nodes[0]))
+            return self._run_ranks(nodes, port, self._find_servers(nodes[0]), lifeline)
 
     def serve(self) -> int:
         """Runs the servers of this node until a signal ends them. Returns its exit code."""
@@ -176,14 +181,19 @@ class Agent:
             check_answers(urls)
         return urls
 
-    def _run_ranks(self, address: str, port: int, urls: Sequence[str]) -> int:
+    def _run_ranks(self, nodes: Sequence[Node], port: int, urls: Sequence[str], lifeline: Lifeline) -> int:
         servers = ["--fleet.num-servers", "1", "--fleet.urls", *urls] if urls else []
         command = [sys.executable, *self._recipe, *servers]
-        with ProcessGroup(self._ranks(command, address, port, kind="trainer")) as group:
-            code = group.wait(self._signals, is_over=lambda: self._failed_node() is not None)
+        with ProcessGroup(self._ranks(command, nodes[0].address, port, kind="trainer")) as group:
+            code = group.wait(
+                self._signals, is_over=lambda: self._failed_node() is not None or lifeline.lost() is not None
+            )
             failed = self._failed_node()  # before this one adds itself
             if code not in (0, REQUEUE):
                 reason = group.describe_failure()
+                if failed is None and (lost := lifeline.lost()) is not None:
+                    reason = f"node {nodes[lost].name} is lost: no answer for {LOST_S} s, or an end without a word"
+                    code = RANK_LOST
                 end = {"name": node_name(), "code": code, "reason": reason}
                 self._notices.publish(f"trainer-end-{self._node_rank}", end)
                 if failed is not None:

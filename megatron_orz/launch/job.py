@@ -35,7 +35,8 @@ class Nodes:
     interface: str | None = None
     """Network interface over which the machines talk, such as ib0 or eth0; by default that of the host's name."""
     master_port: int = 0
-    """Port at which the ranks meet, on the first machine that trains; 0 picks a free one."""
+    """Port at which the ranks meet, on the first machine that trains, the next two are the launcher's; 0 picks free
+    ones."""
     server_port: int = 0
     """Port of a machine's first server, the next ones follow; 0 picks free ones."""
     start_timeout_s: float = 600.0

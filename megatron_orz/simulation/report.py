@@ -109,7 +109,7 @@ def check_table(pairs: Sequence[tuple[MeasuredRun, Course]]) -> Table:
 
 def source_table(profile: Profile) -> Table:
     """Every number of the profile, and where it is from."""
-    table = Table("what", "value", "from", title=f"{profile.name}: what is simulated with")
+    table = terminal.table(f"{profile.name}: what is simulated with", ["what", "value", "from"])
     for name, source in profile.sources.items():
         table.add_row(name, _short(profile, name), source)
     return table

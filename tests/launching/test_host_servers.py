@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_orz.launch.lifeline import LOST_S
+from megatron_orz.launch.processes import END_S
 from megatron_orz.logs import read_metrics
+from megatron_orz.rollout.replica import _RESTART_DELAYS_S
 from tests.faults.tiny_run import write_recipe
 from tests.launching.hosts import TIMEOUT_S, Job, ip, link, open_hosts, why_not
 
@@ -21,7 +24,7 @@ pytestmark = [
 ]
 
 VLLM = ("--fleet.kind", "vllm", "--fleet.start-timeout-s", "900", "--sampling.stop", "a")
-ENDLESS = ("--ppo.num-steps", "100000", "--parallel.timeout-s", "30")
+ENDLESS = ("--ppo.num-steps", "100000")
 SERVER = "vllm.entrypoints.openai.api_server"
 ADDRESSES = ("127.0.0.1", "10.77.0.2")
 """Where servers listen: those beside rank 0 answer nobody else."""
@@ -63,19 +66,19 @@ def test_a_colocated_fleet_lives_on_both_hosts_and_each_restarts_its_own(tmp_pat
 
 def test_a_host_that_disappears_with_its_share_of_the_fleet_ends_the_run(tmp_path: Path, hosts: list[str]) -> None:
     write_recipe(tmp_path, family="qwen3")
-    options = ("--fleet.colocated", "--fleet.num-servers", "2", "--fleet.min-servers", "2")
-    job = Job(tmp_path, hosts, *VLLM, *ENDLESS, *options, "--fleet.heartbeat-timeout-s", "10")
+    job = Job(tmp_path, hosts, *VLLM, *ENDLESS, "--fleet.colocated", "--fleet.num-servers", "2")
     try:
         job.wait_until(lambda: job.num_rows() >= 1)
         ip("link", "set", link(1), "down")
         lost = time.monotonic()
         codes = [job.wait(host) for host in range(2)]
-        # The deadlines of the watch and of collectives, those of the watchdog and the agent; the machine may be busy.
-        assert time.monotonic() - lost < 10 + 30 + 30 + 10 + 60 + 120, job.said()
+        # Long before the deadline of a collective, and that of the system. The machine may be busy.
+        assert time.monotonic() - lost < LOST_S + END_S + 120, job.said()
         assert job.processes(0) + job.processes(1) == [], job.said()
     finally:
         job.close()
-    assert all(code not in (0, 75) for code in codes), codes
+    assert codes == [123, 123], job.said()
+    assert f"node {hosts[1]} is lost" in job.said() or f"node {hosts[0]} is lost" in job.said()
 
 
 def test_the_servers_of_a_host_that_disappears_are_missed_and_named(tmp_path: Path, hosts: list[str]) -> None:
@@ -89,7 +92,8 @@ def test_the_servers_of_a_host_that_disappears_are_missed_and_named(tmp_path: Pa
         ip("link", "set", link(1), "down")
         lost = time.monotonic()
         code = job.wait(0)
-        assert time.monotonic() - lost < 30 + 3 * 10 + 120, job.said()
+        # A server is asked again after up to 60 s, five times in all; the machine may be busy.
+        assert time.monotonic() - lost < sum(_RESTART_DELAYS_S) + 5 * 10 + 120, job.said()
         assert code == 2
         assert job.processes(0) == [], job.said()
         # What the batch script does: the servers' own host has not heard of the end.

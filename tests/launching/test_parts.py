@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_orz.launch.exchange import check_clocks
+from megatron_orz.launch.lifeline import Lifeline
 from megatron_orz.launch.node import Node, check_equal, node_address
 from megatron_orz.launch.notices import NodeError, Notices
 from megatron_orz.launch.processes import Process, ProcessGroup, Signals
@@ -117,6 +118,27 @@ def test_clocks_apart_are_named() -> None:
     check_clocks([(100.0, "a"), (100.9, "b")], max_skew_s=1.0)
     with pytest.raises(ValueError, match=r"clocks of nodes a and c differ by 3.5 s, more than 1 s"):
         check_clocks([(100.0, "a"), (100.9, "b"), (103.5, "c")], max_skew_s=1.0)
+
+
+def test_a_node_that_goes_without_a_word_is_lost_to_the_others() -> None:
+    port = choose_ports("127.0.0.1", 0, count=1, options="")
+    join = partial(Lifeline.join, "127.0.0.1", port)
+    with Lifeline.host("127.0.0.1", port, num_nodes=3) as first, join(node_rank=1) as second:
+        with join(node_rank=2) as third:
+            assert [node.lost() for node in (first, second, third)] == [None] * 3
+        assert first.lost() is None, "one has left in order"
+        with socket.create_connection(("127.0.0.1", port), timeout=30):
+            pass
+        assert first.lost() is None, "it was none of the job"
+        second._lines.pop(0).close()  # as the system does for a process that was killed
+        deadline = time.monotonic() + 30
+        while first.lost() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert first.lost() == 1
+    with Lifeline.host("127.0.0.1", port, num_nodes=2) as first, join(node_rank=1) as second:
+        assert first.lost() is None
+        first._lines.pop(1).close()
+        assert second.lost() == 0
 
 
 def script(text: str, log: Path | None = None, name: str = "rank 0") -> Process:

@@ -278,6 +278,8 @@ def test_a_transport_that_does_not_reach_the_servers_is_refused(monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"fleet\.transport is nccl, but there is no GPU here"):
         choose_transport(FleetConfig(transport="nccl"))
+    with pytest.raises(ValueError, match=r"fleet\.transport is nccl, which joins no two processes on one GPU"):
+        FleetConfig(transport="nccl", colocated=True)
 
 
 @pytest.mark.parametrize(("has_gpus", "elsewhere"), [(False, "gloo"), (True, "nccl")])
