@@ -57,7 +57,7 @@ class Transport(Protocol):
 
 
 class Client(Protocol):
-    """Talks to one server, by vLLM's requests."""
+    """Talks to one server, by its own requests."""
 
     url: str
 

@@ -29,7 +29,7 @@ from tests.rollout import stand_in
 
 ABSENT = {"sgl_kernel", "flashinfer", "triton", "IPython", "torchvision"}
 VOCAB_SIZE = 1000
-LAYOUT = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "dtype": "bfloat16", "kv_events_config": None}
+LAYOUT = {"tp_size": 1, "pp_size": 1, "dp_size": 1, "dtype": "bfloat16"}
 """Of /server_info, which tells all of SGLang's arguments."""
 
 # These look for such packages themselves: they are imported before it is pretended that there are any.
@@ -111,7 +111,9 @@ class Engine:
     def __init__(self) -> None:
         self.version = "default"
         self.loaded: list[str] = []
-        self.server_args = SimpleNamespace(resolved_dict=lambda: LAYOUT, launch_command="")
+        self.server_args = SimpleNamespace(
+            resolved_dict=lambda: LAYOUT, launch_command="", kv_events_config=None, page_size=None
+        )
         self.startup_time = 0.0
         self._weights = _weight_updater()
         self._has_session = False
