@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
-from megatron_orz.rollout.delta import MAX_CHANGED_SHARE, pack_changes
+from megatron_orz.rollout.delta import pack_changes
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ class Difference:
 
 
 def _changes(old: Tensor, new: Tensor) -> int:
-    changed = old.view(torch.int16) != new.view(torch.int16)
-    is_whole = int(changed.count_nonzero()) > MAX_CHANGED_SHARE * len(new)
-    return 2 * len(new) if is_whole else len(pack_changes(new, changed))
+    changes = pack_changes(old, new)
+    return 2 * len(new) if changes is None else len(changes)
 
 
 def _compressed(old: Tensor, new: Tensor, codec: str) -> int:
