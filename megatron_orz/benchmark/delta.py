@@ -87,16 +87,16 @@ def difference(before: Path, after: Path) -> Difference:
         found.num_tensors += 1
         found.num_changed_tensors += num_changed_16 > 0
         for encoding, size in ENCODINGS.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             found.sizes[encoding] += size(old, new)
-            found.seconds[encoding] += time.perf_counter() - begin
+            found.seconds[encoding] += time.process_time() - begin
     return found
 
 
 def run(arguments: Arguments, console: Console | None = None) -> list[Difference]:
     """Prints a line for each checkpoint but the first."""
     console = console or Console()
-    table = Table(caption="bytes as a share of all weights in bfloat16, and the speed at which they were found")
+    table = Table(caption="bytes as a share of all weights in bfloat16, and the speed at which a core finds them")
     for column in ("", "tensors", "changed", "in bfloat16", *ENCODINGS):
         table.add_column(column, justify="right")
     differences = []
