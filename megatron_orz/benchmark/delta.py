@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
-from megatron_orz.rollout.delta import MAX_CHANGED_SHARE, pack_changes
+from megatron_orz.rollout.delta import pack_changes
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,8 @@ class Difference:
 
 
 def _changes(old: Tensor, new: Tensor) -> int:
-    changed = old.view(torch.int16) != new.view(torch.int16)
-    is_whole = int(changed.count_nonzero()) > MAX_CHANGED_SHARE * len(new)
-    return 2 * len(new) if is_whole else len(pack_changes(new, changed))
+    changes = pack_changes(old, new)
+    return 2 * len(new) if changes is None else len(changes)
 
 
 def _compressed(old: Tensor, new: Tensor, codec: str) -> int:
@@ -88,16 +87,16 @@ def difference(before: Path, after: Path) -> Difference:
         found.num_tensors += 1
         found.num_changed_tensors += num_changed_16 > 0
         for encoding, size in ENCODINGS.items():
-            begin = time.perf_counter()
+            begin = time.process_time()
             found.sizes[encoding] += size(old, new)
-            found.seconds[encoding] += time.perf_counter() - begin
+            found.seconds[encoding] += time.process_time() - begin
     return found
 
 
 def run(arguments: Arguments, console: Console | None = None) -> list[Difference]:
     """Prints a line for each checkpoint but the first."""
     console = console or Console()
-    table = Table(caption="bytes as a share of all weights in bfloat16, and the speed at which they were found")
+    table = Table(caption="bytes as a share of all weights in bfloat16, and the speed at which a core finds them")
     for column in ("", "tensors", "changed", "in bfloat16", *ENCODINGS):
         table.add_column(column, justify="right")
     differences = []

@@ -176,7 +176,7 @@ class WeightSender:
         post("/resume")
         if self._copies is not None:
             self._copies.commit(version)
-            moved["sync/changed_share"] = self._copies.changed_share
+            moved["sync/sent_share"] = self._copies.sent_share
         self._num_updates += 1
         self._metrics = moved | {
             "sync/send_s": sent - started,
@@ -187,7 +187,7 @@ class WeightSender:
     def metrics(self) -> Metrics:
         """Of the last update: bytes on the way, seconds until they were loaded, how many of those the trainer only
         waited for workers, and seconds of verification, in which the trainer's own digests are not; with `delta` the
-        share of elements that have changed."""
+        share of elements that were sent."""
         return self._metrics
 
     def close(self) -> None:
