@@ -8,9 +8,9 @@ carry no data; the kernel probes them, and gives them up after LOST_S. All lead 
 from __future__ import annotations
 
 import socket
-from types import TracebackType
 from typing import Self
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.launch.notices import NodeError
 
 LOST_S = 45
@@ -23,7 +23,7 @@ _END = b"end"
 """What an agent says when it leaves in order; before it, the number of its node."""
 
 
-class Lifeline:
+class Lifeline(Closeable):
     """The connections of one agent; a context manager that leaves in order."""
 
     def __init__(
@@ -98,14 +98,6 @@ class Lifeline:
                 self._lines[node] = _probed(line)
             else:  # somebody else
                 line.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _probed(line: socket.socket) -> socket.socket:

@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.rollout.servers import InferenceServer, ServerError, ServerProcess
 from megatron_orz.rollout.token import authorization
 
@@ -47,7 +47,7 @@ class RemoteNode:
     """Where its servers answer once they run; one that is started anew answers at the same place."""
 
 
-class NodeServers:
+class NodeServers(Closeable):
     """Starts and ends the servers of this node when rank 0 says so; a context manager that ends all of them.
 
     address: of this node, where orders come in. servers: their numbers in the run.
@@ -96,11 +96,6 @@ class NodeServers:
     def __enter__(self) -> Self:
         self._thread.start()
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class RemoteServer(ServerProcess):
