@@ -160,10 +160,10 @@ def _fit_training(steps: Sequence[tuple[MeasuredRun, MeasuredStep]]) -> tuple[Tr
     costs = nonnegative_fit(counts, observed, columns=[0, 1, 2, 3] if told_apart else [0, 1, 2])
     run = steps[0][0]
     training = Training(
-        infer_s=costs[0],
-        critic_s=costs[1],
-        policy_s=costs[2],
-        update_s=costs[3],
+        infer_s=float(costs[0]),
+        critic_s=float(costs[1]),
+        policy_s=float(costs[2]),
+        update_s=float(costs[3]),
         num_critic_updates=run.num_critic_updates,
         num_policy_updates=run.num_policy_updates,
     )
