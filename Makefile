@@ -53,7 +53,7 @@ lint: setup
 	$(RUN) -m mypy
 
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict # with --quiet, it would look at no link
 	@echo "build/site/index.html"
 
 dist: setup

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -51,6 +51,13 @@ def read_command(commands: Any, arguments: Sequence[str] | None = None) -> Any:
     if isinstance(commands, Mapping):
         return tyro.extras.subcommand_cli_from_dict(dict(commands), args=arguments, description=_description())
     return tyro.cli(commands, args=arguments, description=_description())
+
+
+def run_command(commands: Mapping[str, tuple[type, Callable[[Any], Any]]]) -> Any:
+    """Runs the subcommand that a command line names, by name the dataclass of its values and what is done with them."""
+    values = read_command({name: kind for name, (kind, _) in commands.items()})
+    (run,) = (run for kind, run in commands.values() if type(values) is kind)
+    return run(values)
 
 
 def split_options(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

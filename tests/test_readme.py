@@ -72,18 +72,24 @@ def accept(monkeypatch: pytest.MonkeyPatch, script: str, arguments: list[str]) -
     runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-@pytest.mark.parametrize("command", [command for command in commands() if not command.startswith("make ")])
-def test_a_command_is_accepted(
-    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def check_accepted(
+    command: str, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Options exist and their values are allowed; help is printed whole."""
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(place)
     script, *arguments = shlex.split(command.split(" ", 1)[1] if command.startswith("python ") else launched(command))
     with pytest.raises((Accepted, SystemExit)) as end:
         accept(monkeypatch, script, arguments)
     assert isinstance(end.value, Accepted) or "--help" in arguments, capfd.readouterr().err
     assert isinstance(end.value, Accepted) or end.value.code in (0, None)
-    assert list(tmp_path.iterdir()) == []
+    assert list(place.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [command for command in commands() if not command.startswith("make ")])
+def test_a_command_is_accepted(
+    command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    check_accepted(command, tmp_path, monkeypatch, capfd)
 
 
 def launched(command: str) -> str:

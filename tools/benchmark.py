@@ -17,15 +17,14 @@ python tools/benchmark.py table
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from rich.console import Console
-
 from megatron_orz.benchmark import compare, delta, end_to_end, kernels, packing, rewards, summary, sync, train
-from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.terminal import console
 
-COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
+COMMANDS: dict[str, tuple[Any, Callable[..., object]]] = {
     "train": (train.Arguments, train.run),
     "end-to-end": (end_to_end.Arguments, end_to_end.run),
     "packing": (packing.Arguments, packing.run),
@@ -40,9 +39,8 @@ COMMANDS: dict[str, tuple[Any, Callable[[Any, Console], object]]] = {
 
 def main() -> None:
     with plain_errors():
-        arguments = read_command({name: of_command for name, (of_command, _) in COMMANDS.items()})
-        (run,) = (run for of_command, run in COMMANDS.values() if isinstance(arguments, of_command))
-        run(arguments, console())
+        shown = console()
+        run_command({name: (kind, partial(run, console=shown)) for name, (kind, run) in COMMANDS.items()})
 
 
 if __name__ == "__main__":

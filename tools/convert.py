@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeAlias
 
-import tyro
+import torch
 
 from megatron_orz import terminal
-from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.config import DType
 from megatron_orz.conversion.convert import Conversion, plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.conversion.inspection import list_tensors
@@ -83,32 +82,33 @@ class Inspect:
     """The checkpoint."""
 
 
-Command: TypeAlias = (
-    Annotated[HFToMegatron, tyro.conf.subcommand("hf-to-megatron")]
-    | Annotated[MegatronToHF, tyro.conf.subcommand("megatron-to-hf")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-)
-
-
 def main() -> None:
     with plain_errors():
-        command: Command = read_command(Command)
         try:
-            sys.exit(run(command))
+            code = run_command(
+                {
+                    "hf-to-megatron": (HFToMegatron, hf_to_megatron),
+                    "megatron-to-hf": (MegatronToHF, megatron_to_hf),
+                    "verify": (Verify, verify),
+                    "inspect": (Inspect, inspect),
+                }
+            )
         except KeyboardInterrupt:
             sys.exit("interrupted; the same command goes on from here")
+        sys.exit(code)
 
 
-def run(command: Command) -> int:
-    if isinstance(command, Verify):
-        return verify(command)
-    if isinstance(command, Inspect):
-        return inspect(command.input)
-    dtype = TORCH_DTYPES[command.dtype] if command.dtype else None
-    if isinstance(command, HFToMegatron):
-        return convert(plan_hf_to_megatron(command.input, command.output, dtype=dtype))
+def hf_to_megatron(command: HFToMegatron) -> int:
+    return convert(plan_hf_to_megatron(command.input, command.output, dtype=torch_dtype(command.dtype)))
+
+
+def megatron_to_hf(command: MegatronToHF) -> int:
+    dtype = torch_dtype(command.dtype)
     return convert(plan_megatron_to_hf(command.input, command.output, dtype=dtype, companions=command.companions))
+
+
+def torch_dtype(name: DType | None) -> torch.dtype | None:
+    return TORCH_DTYPES[name] if name else None
 
 
 def convert(conversion: Conversion) -> int:
@@ -147,8 +147,8 @@ def verify(command: Verify) -> int:
     return int(not difference <= command.tolerance)
 
 
-def inspect(path: Path) -> int:
-    tensors = list(list_tensors(path))
+def inspect(command: Inspect) -> int:
+    tensors = list(list_tensors(command.input))
     table = terminal.table(None, ["tensor", "type"], ["bytes"], notes=True)
     for tensor in tensors:
         table.add_row(tensor.name, tensor.dtype, f"{tensor.num_bytes:,}", str(list(tensor.shape)))

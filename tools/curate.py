@@ -14,13 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any
 
-import tyro
 from filelock import FileLock, Timeout
 
 from megatron_orz import terminal
-from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
 from megatron_orz.data.curation.answers import judge_answers
 from megatron_orz.data.curation.collect import Columns
@@ -109,23 +108,9 @@ class Synthesize:
     seed: int = 0
 
 
-Command: TypeAlias = (
-    Annotated[Run, tyro.conf.subcommand("run")]
-    | Annotated[Explain, tyro.conf.subcommand("explain")]
-    | Annotated[Synthesize, tyro.conf.subcommand("synthesize")]
-)
-
-
 def main() -> None:
     with plain_errors():
-        command: Command = read_command(Command)
-        match command:
-            case Run():
-                run(command)
-            case Explain():
-                explain(command)
-            case Synthesize():
-                synthesize(command)
+        run_command({"run": (Run, run), "explain": (Explain, explain), "synthesize": (Synthesize, synthesize)})
 
 
 def run(command: Run) -> None:

@@ -16,12 +16,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from megatron_orz import terminal
-from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig, RewardConfig, SamplingConfig
 from megatron_orz.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_orz.evaluation.compare import compare
@@ -150,27 +148,16 @@ class GradeRows:
     """End at the first malformed row instead of leaving it out."""
 
 
-Command: TypeAlias = (
-    Annotated[Run, tyro.conf.subcommand("run")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[GradeRows, tyro.conf.subcommand("grade")]
-)
-
-
 def main() -> None:
     with plain_errors():
-        # The help keeps the lines of paragraphs apart, and no others.
-        command: Command = read_command(Command)
-        match command:
-            case Run():
-                run(command)
-            case Show():
-                show(command)
-            case Compare():
-                compare_runs(command)
-            case GradeRows():
-                grade_rows(command)
+        run_command(
+            {
+                "run": (Run, run),
+                "show": (Show, show),
+                "compare": (Compare, compare_runs),
+                "grade": (GradeRows, grade_rows),
+            }
+        )
 
 
 def run(command: Run) -> None:

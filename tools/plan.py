@@ -21,7 +21,7 @@ import tyro
 from rich.console import Console
 
 from megatron_orz import terminal
-from megatron_orz.command_line import plain_errors, read_command
+from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.config import DType, ParallelConfig, Recompute
 from megatron_orz.engine.architecture import Architecture, read_architecture
 from megatron_orz.engine.memory import BYTES, ModelMemory, fullest_stage, kv_cache_bytes, num_parameters
@@ -200,11 +200,8 @@ def suggest_layout(arguments: Arguments) -> None:
 
 def main() -> None:
     with plain_errors():
-        arguments = read_command({"layout": Arguments, "simulate": simulation.Arguments})
-        if isinstance(arguments, Arguments):
-            suggest_layout(arguments)
-        else:
-            simulation.run(arguments, terminal.console())
+        simulate = partial(simulation.run, console=terminal.console())
+        run_command({"layout": (Arguments, suggest_layout), "simulate": (simulation.Arguments, simulate)})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -15,7 +14,7 @@ from megatron_orz.config import Config, SupervisedConfig
 from megatron_orz.types import Critic, Fleet, Policy, Reference
 from tests.docs.test_pages import DOCS, PAGES
 from tests.source import ROOT
-from tests.test_readme import Accepted, accept, blocks, launched
+from tests.test_readme import blocks, check_accepted
 
 SECTION = (
     r"(?:ppo|kl|policy|critic|sampling|data|fleet|parallel|reward|evaluation|checkpoint|generations|tracking|model)"
@@ -47,11 +46,7 @@ COMMANDS = [
 def test_a_command_of_a_page_is_accepted(
     command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    script, *arguments = shlex.split(command.split(" ", 1)[1] if command.startswith("python ") else launched(command))
-    with pytest.raises((Accepted, SystemExit)) as end:
-        accept(monkeypatch, script, arguments)
-    assert isinstance(end.value, Accepted) or "--help" in arguments, capfd.readouterr().err
+    check_accepted(command, tmp_path, monkeypatch, capfd)
 
 
 def fields_of(config: type) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -144,11 +145,30 @@ def test_every_listed_page_exists() -> None:
     assert {page for page in listed if page not in PAGES_ELSEWHERE and not (DOCS / page).exists()} == set()
 
 
+def build_site(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
+    """As `make docs` does."""
+    (options,) = re.findall(r"-m mkdocs build ([^#\n]*)", (ROOT / "Makefile").read_text())
+    command = [sys.executable, "-m", "mkdocs", "build", *options.split(), "--site-dir", str(target)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, timeout=550)
+
+
+@pytest.mark.slow
+def test_a_build_fails_for_an_anchor_that_is_not_there(tmp_path: Path) -> None:
+    shutil.copytree(DOCS, tmp_path / "docs")
+    for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md", "megatron_orz"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("See [nowhere](step.md#nowhere).\n")
+    done = build_site(tmp_path, tmp_path / "site")
+    assert done.returncode != 0
+    assert "does not contain an anchor '#nowhere'" in done.stderr
+
+
 @pytest.mark.slow
 def test_the_site_builds_holds_every_page_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=550)
+    done = build_site(ROOT, tmp_path)
+    assert done.returncode == 0, done.stderr
     start = (tmp_path / "index.html").read_text()
     for page in DOCS.glob("*.md"):
         assert (tmp_path / page.name).with_suffix(".html").exists()
