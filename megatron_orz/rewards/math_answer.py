@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from decimal import Decimal
 from functools import cache, lru_cache
 from multiprocessing import Pipe
@@ -151,8 +151,9 @@ class Verifier(Closeable):
                 settle(pair, verdict)
             else:
                 comparisons[self._threads.submit(self._compare, answer, reference)] = pair
-        for comparison in as_completed(comparisons):
-            settle(comparisons[comparison], comparison.result())
+        # In their order, as they are begun: `as_completed` would wait forever for those that `close` drops.
+        for comparison, pair in comparisons.items():
+            settle(pair, comparison.result())
 
         return [
             _grade(pair[0], verdicts[pair], finish_reason)

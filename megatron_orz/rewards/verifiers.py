@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from megatron_orz.closeable import Closeable
@@ -52,8 +52,8 @@ class AnswerVerifier(Closeable):
             advance()
         values = self._math.grade([responses[index] for index in of_kind["math"]], on_grade=on_grade)
         grades.update(zip(of_kind["math"], values, strict=True))
-        for run in as_completed(runs):
-            grades[runs[run]] = run.result()
+        for run, index in runs.items():
+            grades[index] = run.result()
             advance()
         return [grades[index] for index in range(len(responses))]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from typing import Any
 
@@ -78,7 +80,7 @@ def check_ranks(ranks: Ranks, begun_by: Sequence[Sequence[int]]) -> None:
         assert sorted(texts) == sorted(text for (text, _, _), _ in CASES)
         assert sum(ranks.gather(len(progress))) == len(CASES)
         num_begun = sum(map(len, begun_by))
-        assert grader.metrics() == {"reward/early_share": num_begun / len(CASES)}
+        assert grader.metrics() == {"perf/graded_early_share": num_begun / len(CASES)}
         assert grader.metrics() == {}
         grader.close()
 
@@ -100,7 +102,7 @@ def check_two_ranks() -> None:
 
 def check_failure(ranks: Ranks) -> None:
     """The first rank fails at a response in the background, and both learn of it."""
-    damaged = [replace(make_rollouts()[0], response_ids=["no token"])]
+    damaged = [replace(make_rollouts()[0], response_ids=["no token"])]  # type: ignore[list-item]
     with AnswerVerifier(num_workers=1) as verifier:
         grader = ResponseGrader(verifier, build_tokenizer(), ranks)
         if ranks.rank == 0:
@@ -160,6 +162,24 @@ def test_what_is_too_old_to_be_asked_for_is_dropped(max_staleness: int, expected
     early.take([rollout(6, version=5)])
     assert not early._begun
     early.close()
+
+
+def test_grading_under_way_ends_when_the_verifier_is_closed() -> None:
+    """A thread that waited for comparisons which are dropped would keep the process from ending."""
+    tokenizer = build_tokenizer()
+    first = make_rollouts()[6]
+    siblings = [
+        replace(first, response_ids=tokenizer(f"<answer>\\boxed{{x+1+{number}}}</answer>")["input_ids"])
+        for number in range(200)
+    ]
+    with AnswerVerifier(timeout_s=DEADLINE_S, num_workers=1) as verifier:
+        grader = ResponseGrader(verifier, tokenizer, Ranks())
+        grader.begin(siblings)
+        (begun, *_) = next(iter(grader._early._begun.values()))
+        while not verifier._math._threads._work_queue.qsize():
+            time.sleep(0.01)
+        grader.close()
+    assert isinstance(begun.grades.exception(DEADLINE_S), CancelledError)
 
 
 def test_a_grader_that_is_closed_begins_nothing_and_keeps_nobody_waiting() -> None:
