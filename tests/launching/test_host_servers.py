@@ -103,5 +103,4 @@ def test_the_servers_of_a_host_that_disappears_are_missed_and_named(tmp_path: Pa
     finally:
         job.close()
     said = job.log(0).read_text()
-    assert said.count("error: ") == 1, said
-    assert "http://10.77.0.2:" in said
+    assert "error: 0 of 1 servers can answer, fewer than fleet.min_servers = 1; the server at http://10.77.0.2:" in said
