@@ -165,7 +165,7 @@ def tell(zygote: Zygote, recipe: Path, place: Path, mode: Mode, plans: Sequence[
         (ONE_AHEAD, [Plan("policy:start", 3), Plan("snapshot:end", 3)]),
         (TWO_AHEAD_AND_SWAPS, [Plan("generate:start", 3), Plan("sync:start", 2, signal=signal.SIGTERM)]),
     ],
-    ids=str,
+    ids=["one ahead", "two ahead, swaps"],
 )
 def test_a_run_that_generates_ahead_loses_nothing(
     recipe: Path, zygote: Zygote, tmp_path: Path, mode: Mode, plans: list[Plan]
