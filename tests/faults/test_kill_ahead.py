@@ -165,7 +165,7 @@ def tell(zygote: Zygote, recipe: Path, place: Path, mode: Mode, plans: Sequence[
         (ONE_AHEAD, [Plan("policy:start", 3), Plan("snapshot:end", 3)]),
         (TWO_AHEAD_AND_SWAPS, [Plan("generate:start", 3), Plan("sync:start", 2, signal=signal.SIGTERM)]),
     ],
-    ids=str,
+    ids=["one ahead", "two ahead, swaps"],
 )
 def test_a_run_that_generates_ahead_loses_nothing(
     recipe: Path, zygote: Zygote, tmp_path: Path, mode: Mode, plans: list[Plan]
@@ -214,5 +214,6 @@ def test_a_run_with_a_real_server_loses_nothing(zygote: Zygote, tmp_path: Path, 
     story.check()
     assert story.kept, "no checkpoint met an answer that waits"
     rows = [row for trained in story.generations().values() for row in trained]
-    assert len({tuple(row.response_ids) for row in rows}) == len(rows), "a response was trained on twice"
+    responses = [tuple(row.response_ids) for row in rows if len(row.response_ids) >= 10]  # others are alike by chance
+    assert len(set(responses)) == len(responses) > 0, "a response was trained on twice"
     assert any(row.swaps for row in rows) == mode.swaps

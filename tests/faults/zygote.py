@@ -276,7 +276,7 @@ def _use_stand_ins(faults: dict[str, float]) -> None:
     from megatron_orz.rollout.servers import free_port
     from tests.rollout.stand_in_fleet import VersionSender, stand_in_launch
 
-    setattr(kinds, "_launch", lambda *args: stand_in_launch(free_port(), **faults))  # noqa: B010
+    setattr(kinds, "vllm_launch", lambda *args, **options: stand_in_launch(free_port(), **faults))  # noqa: B010
     setattr(fleet, "weight_sender", lambda *args, **options: VersionSender)  # noqa: B010
 
 

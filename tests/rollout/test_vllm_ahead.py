@@ -66,5 +66,7 @@ def test_every_prompt_of_every_step_is_answered_once_though_a_server_is_killed(
         ]
         assert {rollout.policy_version for rollout in rollouts} == {max(0, step - 1)}
         assert log_prob_error(tiny_model(tied=True, seed=20 + max(0, step - 1)), rollouts, SAMPLING) < TOLERANCE
-    responses = {tuple(rollout.response_ids) for rollouts in trained for rollout in rollouts}
-    assert len(responses) == NUM_STEPS * NUM_PROMPTS * NUM_RESPONSES, "a response was counted twice"
+    responses = [tuple(rollout.response_ids) for rollouts in trained for rollout in rollouts]
+    long = [response for response in responses if len(response) >= 10]  # short ones are alike by chance
+    assert len(long) > len(responses) / 2
+    assert len(set(long)) == len(long), "a response was counted twice"
