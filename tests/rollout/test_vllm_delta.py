@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,13 +80,24 @@ def largest_difference(ours: list[Rollout], theirs: list[Rollout]) -> float:
     return worst
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_each() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tied_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[Rollout]]:
+    """The responses to updates that are sent whole."""
+    return served(tied_checkpoint, tmp_path_factory.mktemp("whole"), delta=False, transport="gloo", kills=False)
+
+
 @pytest.mark.parametrize("transport", ["gloo", "disk"])
 def test_a_server_answers_as_if_all_weights_were_sent_also_after_it_was_killed(
-    tied_checkpoint: Path, tmp_path: Path, transport: TransportKind, monkeypatch: pytest.MonkeyPatch
+    whole: list[list[Rollout]], tied_checkpoint: Path, tmp_path: Path, transport: TransportKind
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole = served(tied_checkpoint, tmp_path / "whole", delta=False, transport=transport, kills=False)
-    changed = served(tied_checkpoint, tmp_path / "delta", delta=True, transport=transport, kills=True)
+    changed = served(tied_checkpoint, tmp_path, delta=True, transport=transport, kills=True)
     for version in range(NUM_UPDATES):
         assert {rollout.policy_version for rollout in changed[version]} == {version}
         assert largest_difference(changed[version], whole[version]) < 1e-3
