@@ -28,10 +28,16 @@ NamedWeights: TypeAlias = Iterator[tuple[str, Tensor]]
 
 
 class RepeatableWeights(Iterator[tuple[str, Tensor]]):
-    """Weights that can be gathered once more from the start: the servers they were meant for may die midway."""
+    """Weights that can be gathered once more from the start: the servers they were meant for may die midway.
 
-    def __init__(self, gather: Callable[[], NamedWeights]) -> None:
+    gather_first: gathers them for the first rank alone, where that takes less.
+    """
+
+    def __init__(
+        self, gather: Callable[[], NamedWeights], *, gather_first: Callable[[], NamedWeights] | None = None
+    ) -> None:
         self._gather = gather
+        self._gather_first = gather_first or gather
         self._items = gather()
 
     def __next__(self) -> tuple[str, Tensor]:
@@ -39,7 +45,11 @@ class RepeatableWeights(Iterator[tuple[str, Tensor]]):
 
     def again(self) -> RepeatableWeights:
         """The same weights from the start. Collective, like every iteration."""
-        return RepeatableWeights(self._gather)
+        return RepeatableWeights(self._gather, gather_first=self._gather_first)
+
+    def on_first_rank(self) -> RepeatableWeights:
+        """The same weights from the start, on the first rank; others may get a part of them. Collective."""
+        return RepeatableWeights(self._gather_first)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

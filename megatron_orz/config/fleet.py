@@ -68,7 +68,7 @@ class FleetConfig:
     delta: bool = False
     """Send only the weights that a step has changed, to bfloat16 servers of vLLM: at learning rates near 1e-6 a few per
     cent of the bytes, for the price of a copy of the weights in the memory of both sides. With transport gloo or disk;
-    it pays on networks below some 10 Gbit/s."""
+    it pays on networks below some 6 Gbit/s."""
     verification: Verification = "sampled"
     """What of each weight update is read back from the servers and compared: `sampled` is all tensors at first, then
     every sixteenth in turn; `full` is always all. SGLang gives none back."""

@@ -5,6 +5,7 @@ Loading reads only the tensors this rank holds a part of; exporting yields whole
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from megatron_orz.engine.stages import stage_of_layer
 from megatron_orz.engine.torch_dist import FUSED_NORMS, is_torch_dist
 from megatron_orz.engine.weight_table import Cut, Entry, Layout, Replicated, weight_table
 from megatron_orz.types import NamedWeights
+
+NUM_AHEAD = 2
+"""Tensors on their way between stages while another one is used."""
 
 
 def load(
@@ -64,15 +68,22 @@ def _mark_as_shard(parameter: torch.nn.Parameter, dim: int) -> None:
 
 
 def hf_weights(
-    chunks: Sequence[HeadlessGPTModel], architecture: Architecture, mesh: Mesh, *, value_head: bool
+    chunks: Sequence[HeadlessGPTModel],
+    architecture: Architecture,
+    mesh: Mesh,
+    *,
+    value_head: bool,
+    everywhere: bool = True,
 ) -> NamedWeights:
-    """The whole weights under Hugging Face names, on every rank, in the order of the layers.
+    """The whole weights under Hugging Face names, in the order of the layers: on every rank, or (everywhere: False) on
+    those of the first stage, where the others yield their own.
 
     A collective over the ranks that share a copy of the model: every rank must exhaust the iterator. A tied output
     weight is the embedding, and is not yielded again. A tensor may share memory with the live parameter: copy what has
     to outlast the next update.
     """
     parameters = global_parameters(chunks)
+    under_way: deque[tuple[str, Tensor, dist.Work | None]] = deque()
     for entry in weight_table(architecture, value_head=value_head):
         if entry.is_tied:
             continue
@@ -84,12 +95,33 @@ def hf_weights(
             else:
                 whole = _share_expert(parameters.get(entry.megatron_name), entry, dtype, architecture, mesh)
             tensors = [tensor.contiguous() for tensor in entry.layout.split(whole)]
-        else:
+        elif everywhere or mesh.pp_rank == 0:
             tensors = [torch.empty(shape, dtype=dtype, device=mesh.device) for shape in entry.hf.values()]
+        else:
+            continue
         for name, tensor in zip(entry.hf, tensors, strict=True):
-            if mesh.pp > 1:
-                dist.broadcast(tensor, group=mesh.pp_group, group_src=owner_stage)
-            yield name, tensor
+            under_way.append((name, tensor, _hop(tensor, owner_stage, mesh, everywhere=everywhere)))
+            if len(under_way) > NUM_AHEAD:
+                yield _arrived(*under_way.popleft())
+    while under_way:
+        yield _arrived(*under_way.popleft())
+
+
+def _hop(tensor: Tensor, owner_stage: int, mesh: Mesh, *, everywhere: bool) -> dist.Work | None:
+    """Begins to move a tensor from its stage to all others, or to the first."""
+    if mesh.pp == 1 or (owner_stage == 0 and not everywhere):
+        return None
+    if everywhere:
+        return dist.broadcast(tensor, group=mesh.pp_group, group_src=owner_stage, async_op=True)
+    if mesh.pp_rank == owner_stage:
+        return dist.isend(tensor, group=mesh.pp_group, group_dst=0)
+    return dist.irecv(tensor, group=mesh.pp_group, group_src=owner_stage)
+
+
+def _arrived(name: str, tensor: Tensor, hop: dist.Work | None) -> tuple[str, Tensor]:
+    if hop is not None:
+        hop.wait()
+    return name, tensor
 
 
 def _owner_stage(entry: Entry, architecture: Architecture, mesh: Mesh) -> int:

@@ -109,6 +109,8 @@ class ServerFleet:
 
         When servers die of it, the weights are gathered and sent once more, if they can be.
         """
+        if isinstance(weights, RepeatableWeights):
+            weights = weights.on_first_rank()
         for attempt in range(1, MAX_UPDATES + 1):
             lost = ""
             is_last = attempt == MAX_UPDATES or not isinstance(weights, RepeatableWeights)
