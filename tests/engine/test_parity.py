@@ -6,9 +6,8 @@ Tolerances are of the largest entry of a tensor: float32 sums in another order.
 
 from __future__ import annotations
 
-import gc
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +21,6 @@ from megatron_orz.config import DType, ModelConfig, OptimizerConfig
 from tests.engine import faults, tiny
 from tests.engine.layouts import NUM_SEQUENCES, Layout, order_on_rank_0, packs_of_rank, policy_loss, run_layout
 from tests.engine.reference import Reference, megatron_tensors
-from tests.launch import RankPool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,23 +97,6 @@ MORE = [
         Layout(tp=2, sp=True, pp=2, ep=2),
     )
 ]
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Callable[..., None]]:
-    """Runs a function on so many ranks: in this process, or in processes that are kept for the next test."""
-    pools: dict[int, RankPool] = {}
-
-    def run(world_size: int, function: Callable[..., None], *args: Any) -> None:
-        if world_size == 1:
-            function(*args)
-            gc.collect()
-        else:
-            pools.setdefault(world_size, RankPool(world_size)).run(function, *args)
-
-    yield run
-    for pool in pools.values():
-        pool.close()
 
 
 @pytest.fixture(scope="module")

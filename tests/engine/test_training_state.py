@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from megatron_orz.algorithms.losses import ClippedValueLoss
 from megatron_orz.config import CriticConfig, ModelConfig
 from tests.engine import tiny
 from tests.engine.layouts import CLIP_EPS, NUM_SEQUENCES, OPTIMIZER, Layout, copy_of, packs_of_rank, policy_loss
-from tests.launch import RankPool
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,22 +40,6 @@ SLOW_WAYS = [
     (Layout(pp=2, family="qwen3_moe"), Layout(ep=2, dp=2, overlap=True, family="qwen3_moe")),
     (Layout(tp=2, tied=True), Layout(pp=2, tied=True)),
 ]
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Callable[..., None]]:
-    pools: dict[int, RankPool] = {}
-
-    def run(world_size: int, function: Callable[..., None], *args: Any) -> None:
-        if world_size == 1:
-            function(*args)
-            gc.collect()
-        else:
-            pools.setdefault(world_size, RankPool(world_size)).run(function, *args)
-
-    yield run
-    for pool in pools.values():
-        pool.close()
 
 
 def run(layout: Layout, model: Path, place: Path, do: Callable[..., dict[str, Any]], output: str) -> None:
