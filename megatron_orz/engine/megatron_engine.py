@@ -23,7 +23,7 @@ from megatron_orz.algorithms.losses import ClippedValueLoss, loss_totals, on_pol
 from megatron_orz.config import CriticConfig, ModelConfig
 from megatron_orz.engine import platform, training_state, weights
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.micro_batches import MicroBatch, micro_batches
+from megatron_orz.engine.micro_batches import MicroBatch, micro_batches, with_fillers
 from megatron_orz.engine.model import HeadlessGPTModel, ValueHead, build_model
 from megatron_orz.engine.offload import Offload
 from megatron_orz.engine.optimizer import Optimizer
@@ -211,10 +211,7 @@ class MegatronEngine(ABC, Generic[Output]):
         tensors = chain.from_iterable(chain(chunk.parameters(), chunk.buffers()) for chunk in self.chunks)
         of_optimizer = self._optimizer.tensors() if self._optimizer else ()
         num_bytes = self._offload.release(keep=chain(tensors, of_optimizer), drop=gradient_buffers(self._replicas))
-        return {
-            f"{self.name}/offloaded_gib": num_bytes / 2**30,
-            f"{self.name}/peak_memory_gib": platform.peak_memory_gib(),
-        }
+        return {f"{self.name}/offloaded_gib": num_bytes / 2**30}
 
     def reload(self) -> None:
         """Brings everything back as it was, bit for bit."""
@@ -229,7 +226,7 @@ class MegatronEngine(ABC, Generic[Output]):
     ) -> list[Any]:
         """Runs the pipeline schedule over the batches; the second results of `on_hidden`, on the last stage."""
         self._check_loaded()
-        packs = micro_batches(batches, self.mesh, dtype=self.model.config.params_dtype)
+        packs = with_fillers(batches, self.mesh)
 
         def loss_func(pack: MicroBatch[Batch], hidden: Tensor) -> tuple[Tensor, Tensor, Any]:
             for replica in self._replicas[-1:]:
@@ -248,13 +245,14 @@ class MegatronEngine(ABC, Generic[Output]):
             return hidden, partial(loss_func, pack)
 
         models = self._replicas or self.chunks
+        dtype = self.model.config.params_dtype
         with platform.megatron_calls():
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=[iter(packs) for _ in models],
+                data_iterator=[micro_batches(packs, self.mesh, dtype=dtype) for _ in models],
                 model=models,
                 num_microbatches=len(packs),
-                seq_length=packs[0].local.tokens.shape[0],
+                seq_length=packs[0].tokens.shape[0],  # stages tell each other how long a pack really is
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
@@ -38,14 +38,16 @@ class MicroBatch(Generic[Batch]):
         return x if self.context is None else self.context.whole(x)
 
 
-def micro_batches(batches: Sequence[Batch], mesh: Mesh, *, dtype: torch.dtype) -> list[MicroBatch[Batch]]:
-    """The batches, and packs without loss tokens after them where the interleaved schedule needs a multiple of pp.
-
-    dtype: that of the activations.
-    """
+def with_fillers(batches: Sequence[Batch], mesh: Mesh) -> list[Batch]:
+    """The batches, and packs without loss tokens after them where the interleaved schedule needs a multiple of pp."""
     num_fillers = -len(batches) % mesh.pp if mesh.config.vpp > 1 else 0
     fillers = [_without_loss(batches[0], mesh.pack_multiple) for _ in range(num_fillers)]
-    return [_micro_batch(batch.to(mesh.device), mesh, dtype) for batch in [*batches, *fillers]]
+    return [*batches, *fillers]
+
+
+def micro_batches(batches: Iterable[Batch], mesh: Mesh, *, dtype: torch.dtype) -> Iterator[MicroBatch[Batch]]:
+    """Each as it is asked for: the device holds those that are under way. dtype: that of the activations."""
+    return (_micro_batch(batch.to(mesh.device), mesh, dtype) for batch in batches)
 
 
 def _micro_batch(batch: Batch, mesh: Mesh, dtype: torch.dtype) -> MicroBatch[Batch]:

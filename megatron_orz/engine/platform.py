@@ -17,8 +17,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_orz.engine.high_water import peak_bytes
-
 CPU = torch.device("cpu")
 
 
@@ -66,11 +64,6 @@ def make_deterministic() -> None:
     os.environ.setdefault("NCCL_ALGO", "Ring")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)
-
-
-def peak_memory_gib() -> float:
-    """The most memory that existed at once since `high_water.forget_peak`, of this GPU or of the process."""
-    return peak_bytes(device()) / 2**30
 
 
 def megatron_calls() -> contextlib.AbstractContextManager[object]:

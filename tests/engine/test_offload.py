@@ -46,7 +46,6 @@ def check(layout: Layout, path: Path, dtype: DType) -> None:
             # Views of one storage are freed once.
             unique = sum(p.numel() * p.element_size() for chunk in lent.chunks for p in chunk.parameters())
             assert metrics["policy/offloaded_gib"] * 2**30 >= unique
-            assert metrics["policy/peak_memory_gib"] > metrics["policy/offloaded_gib"]
             with pytest.raises(RuntimeError, match="the policy is offloaded; call reload"):
                 lent.step(packs, policy_loss)
             with pytest.raises(RuntimeError, match="offloaded"):
