@@ -18,6 +18,7 @@ NEED_TIMEOUT = {
 FILES = "the system gives the writing of files no deadline; the watchdog ends a run that hangs there"
 GROUP = "a collective has the deadline of its group"
 BOUNDED: dict[str, dict[str, str]] = {
+    "megatron_orz/engine/weights.py": {"hop.wait": GROUP},
     "megatron_orz/ops/token_loss.py": {"reduction.wait": GROUP},
     "megatron_orz/rollout/gloo_transport.py": dict.fromkeys(("part.wait", "send.wait"), GROUP),
     "megatron_orz/rollout/nccl_transport.py": {".wait": GROUP},

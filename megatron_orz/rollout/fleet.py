@@ -109,7 +109,7 @@ class ServerFleet:
 
         When servers die of it, the weights are gathered and sent once more, if they can be.
         """
-        if isinstance(weights, RepeatableWeights):
+        if isinstance(weights, RepeatableWeights) and self._senders is None:
             weights = weights.on_first_rank()
         for attempt in range(1, MAX_UPDATES + 1):
             lost = ""

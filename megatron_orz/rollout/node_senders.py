@@ -4,7 +4,7 @@
     first ranks       hear of it          -> send to theirs       --+-> all learn whether all have succeeded
     other ranks       hear of it          -> gather the weights   --+
 
-Every rank gathers the whole weights anyway, so that none of them crosses the network once more, and the transport is
+Every rank gathers the whole weights, as ranks of different nodes share a copy of the model, so that the transport is
 that of servers on the rank's own machine.
 """
 

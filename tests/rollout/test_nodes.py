@@ -128,8 +128,13 @@ def collective_weights() -> Iterator[tuple[str, torch.Tensor]]:
         yield str(index), weight
 
 
+def on_one_node() -> Iterator[tuple[str, torch.Tensor]]:
+    raise AssertionError("weights that the first rank alone gathers reach one node")
+    yield
+
+
 def weights() -> RepeatableWeights:
-    return RepeatableWeights(collective_weights)
+    return RepeatableWeights(collective_weights, gather_first=on_one_node)
 
 
 def sender_of(*args: object, **options: object) -> Callable[[Sequence[ServerClient]], Sender]:
