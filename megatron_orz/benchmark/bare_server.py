@@ -103,7 +103,7 @@ class _Server:
                 self._receiver = WeightReceiver(Offer(**body["init_info"]), 0, self._device)
             case "/update_weights":
                 self._receive(Update(**body["update_info"]))
-            case "/collective_rpc" if body["method"] == "weight_dtype":
+            case "/collective_rpc" if body["method"] == "meet_trainer":
                 return {"results": [{"dtype": self._dtype}]}
             case "/collective_rpc":
                 return {"results": [{name: [self._held[name]] for name in body["args"][0]}]}

@@ -13,9 +13,9 @@ import torch
 import tyro
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
+from megatron_orz import terminal
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
 from megatron_orz.rollout.delta import pack_changes
 
@@ -96,9 +96,9 @@ def difference(before: Path, after: Path) -> Difference:
 def run(arguments: Arguments, console: Console | None = None) -> list[Difference]:
     """Prints a line for each checkpoint but the first."""
     console = console or Console()
-    table = Table(caption="bytes as a share of all weights in bfloat16, and the speed at which a core finds them")
-    for column in ("", "tensors", "changed", "in bfloat16", *ENCODINGS):
-        table.add_column(column, justify="right")
+    columns = ("tensors", "changed", "in bfloat16", *ENCODINGS)
+    caption = "bytes as a share of all weights in bfloat16, and the speed at which a core finds them"
+    table = terminal.table(None, ["checkpoint"], columns, caption=caption)
     differences = []
     for before, after in zip(arguments.checkpoints, arguments.checkpoints[1:], strict=False):
         found = difference(before, after)

@@ -84,12 +84,11 @@ def table(loop: Loop) -> Table:
 
 def memory_table(loop: Loop) -> Table:
     """A line for each run: the peak of all, then of ours the peak of each phase and what the models hold."""
-    title = f"memory in MiB, {loop.lengths} lengths"
-    result = Table(title=title, caption="of models, policy and critic together", caption_justify="left")
     held = {part: {name: _held_gib(loop, name, part) for name in loop.rows} for part in PARTS}
     parts = [part for part in PARTS if any(held[part].values())]
-    for column in ("", "peak", *PHASES, *(part.replace("_", " ") for part in parts)):
-        result.add_column(column, justify="right" if column else "left")
+    columns = ("peak", *PHASES, *(part.replace("_", " ") for part in parts))
+    title = f"memory in MiB, {loop.lengths} lengths"
+    result = terminal.table(title, [""], columns, caption="of models, policy and critic together")
     for name, steps in loop.rows.items():
         cells = [f"{steps.peak_bytes / MIB:,.0f}"]
         for phase in PHASES:

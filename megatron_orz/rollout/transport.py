@@ -133,7 +133,7 @@ class WeightSender:
             for client, first_rank in zip(self._clients, accumulate(sizes[:-1], initial=1), strict=True)
         ]
         first_error([*joining, in_background(partial(self._transport.connect, self._meeting))])
-        answers = self._post_all(deadline, "/collective_rpc", {"method": "weight_dtype"})
+        answers = self._post_all(deadline, "/collective_rpc", {"method": "meet_trainer"})
         dtypes = {worker["dtype"] for answer in answers for worker in answer["results"]}
         if len(dtypes) != 1:
             raise ValueError(

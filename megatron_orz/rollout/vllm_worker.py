@@ -30,9 +30,12 @@ class WorkerExtension:
     """What `/collective_rpc` can call; naming the class also makes vLLM import this module."""
 
     weight_transfer_engine: BucketWeightTransferEngine
+    _weight_update_active: bool
+    """vLLM's worker refuses an update while another one has not ended (`v1/worker/gpu_worker.py`)."""
 
-    def weight_dtype(self) -> dict[str, str]:
-        """The type of the model's weights."""
+    def meet_trainer(self) -> dict[str, str]:
+        """Gives up an update that another trainer has begun, which must be gone. Returns the type of the weights."""
+        self._weight_update_active = False
         return {"dtype": str(self.weight_transfer_engine.model_config.dtype).removeprefix("torch.")}
 
     def weight_digests(self, names: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -71,7 +74,12 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver = WeightReceiver(init_info, worker, self.device)
 
     def start_weight_update(self) -> None:
-        """Makes every layer ready to be loaded anew: the kernels keep repacked weights, which cannot be overwritten."""
+        """Makes every layer ready to be loaded anew: the kernels keep repacked weights, which cannot be overwritten.
+
+        Layers that wait for the rest of an update that was given up would take it from this one: they end theirs first.
+        """
+        if any(get_layerwise_info(layer).can_load() for layer in self.model.modules()):
+            finalize_layerwise_reload(self.model, self.model_config)
         modules = dict(self.model.named_modules())
         paths = [name.rpartition(".") for name, _ in self.model.named_parameters()]
         self._needed = [(modules[module], name) for module, _, name in paths]

@@ -28,6 +28,10 @@ class FaultyExtension(vllm_worker.WorkerExtension):
         if fault.startswith("flip "):
             engine.finish_weight_update = lambda: _finish_and_flip(engine, fault.removeprefix("flip "))
 
+    def load(self, name: str, values: list[list[float]]) -> None:
+        """Loads one tensor of an update that has been started."""
+        self.weight_transfer_engine.model.load_weights([(name, torch.tensor(values))])
+
 
 def _do_nothing(model: torch.nn.Module) -> None: ...
 

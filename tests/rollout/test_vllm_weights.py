@@ -130,6 +130,20 @@ def test_every_transport_brings_the_weights(tied: Running, kind: TransportKind) 
             assert tied.log_prob_error(model) < 1e-4
 
 
+@pytest.mark.parametrize("is_begun", [False, True], ids=["nothing loaded", "a part of a layer loaded"])
+def test_a_trainer_that_is_gone_amid_an_update_leaves_a_server_for_the_next(tied: Running, is_begun: bool) -> None:
+    tied.client.post("/pause", query={"mode": "keep", "clear_cache": "false"})
+    tied.client.post("/start_weight_update")
+    old = dict(named_weights(tiny_model(tied=True, seed=49)))
+    if is_begun:
+        name = QKV.format("q")
+        tied.client.post("/collective_rpc", {"method": "load", "args": [name, old[name].tolist()]})
+    model = tiny_model(tied=True, seed=50)
+    with tied.sender() as sender:
+        sender.send(named_weights(model), 7)
+    assert tied.log_prob_error(model) < 1e-4
+
+
 FAULTS = {
     "stale packs": "model.embed_tokens.weight: other values in lm_head.weight",
     "flip model.norm": "model.norm.weight: other values in model.norm.weight",
