@@ -44,7 +44,7 @@ def rows(path: Path) -> Iterator[str]:
         groups.setdefault((row.task, row.shape), {})[row.name] = row
     for (task, shape), of_name in groups.items():
         for ours, baseline in _pairs(of_name):
-            ratio = statistics.median(baseline.times_s) / statistics.median(ours.times_s)
+            ratio = _median(baseline) / _median(ours)
             yield _line(
                 [
                     environment["device"],
@@ -59,27 +59,34 @@ def rows(path: Path) -> Iterator[str]:
 
 
 def _pairs(of_name: dict[str, Measured]) -> Iterator[tuple[Measured, Measured]]:
-    """Ours with each implementation that a target compares its speed with, and what it does with more parts, beside it
-    without them; the fastest transport with plain copies."""
+    """Ours with each implementation that a target compares its speed with, or without targets with the fastest other;
+    what it does with more parts, beside it without them; the fastest transport with plain copies."""
     if OURS in of_name:
         ours = of_name[OURS]
         for target in ours.targets:
             match = re.search(r"times as fast as (.+)$", target["text"])
             if match and match[1] in of_name:
                 yield ours, of_name[match[1]]
+        others = [row for row in of_name.values() if not row.is_ours]
+        if others and not ours.targets:
+            yield ours, min(others, key=_median)
         for name, more in of_name.items():
             if name.startswith(f"{OURS}, with "):
                 yield more, ours
     elif "memcpy" in of_name:
         transports = [row for row in of_name.values() if row.is_ours]
-        yield min(transports, key=lambda row: statistics.median(row.times_s)), of_name["memcpy"]
+        yield min(transports, key=_median), of_name["memcpy"]
+
+
+def _median(row: Measured) -> float:
+    return statistics.median(row.times_s)
 
 
 def _show(row: Measured) -> str:
     for figure, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s"), ("per_s", "/s")):
         if figure in row.figures:
             return f"{row.figures[figure]:,.0f} {unit}"
-    milliseconds = 1e3 * statistics.median(row.times_s)
+    milliseconds = 1e3 * _median(row)
     return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.3g} s"
 
 
