@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypeVar
 
 from megatron_orz.config import FleetConfig, ModelConfig, TransportKind
 from megatron_orz.rollout.client import ServerClient
@@ -24,6 +24,7 @@ from megatron_orz.rollout.vllm_server import vllm_launch
 from megatron_orz.rollout.vllm_spans import SpanVLLMClient
 
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
+Connecting = TypeVar("Connecting", WeightSender, SGLangGroupSender)
 
 
 def server_runs(
@@ -120,24 +121,24 @@ def _connect_vllm(
     clients: Sequence[VLLMClient], *, transport: TransportKind, folder: Path, fleet: FleetConfig
 ) -> WeightSender:
     """folder: of weights on their way over the disk."""
-    sender = WeightSender(
-        clients,
-        build_transport(transport, folder=folder),
-        timeout_s=fleet.update_timeout_s,
-        verification=fleet.verification,
-        keeps_requests=fleet.swaps_within_responses,
-        delta=fleet.delta,
+    return _connected(
+        WeightSender(
+            clients,
+            build_transport(transport, folder=folder),
+            timeout_s=fleet.update_timeout_s,
+            verification=fleet.verification,
+            keeps_requests=fleet.swaps_within_responses,
+            delta=fleet.delta,
+        )
     )
-    try:
-        sender.connect()
-    except RuntimeError:
-        sender.close()
-        raise
-    return sender
 
 
 def _connect_sglang(clients: Sequence[SGLangClient], *, backend: GroupBackend, timeout_s: float) -> SGLangGroupSender:
-    sender = SGLangGroupSender(clients, backend=backend, timeout_s=timeout_s)
+    return _connected(SGLangGroupSender(clients, backend=backend, timeout_s=timeout_s))
+
+
+def _connected(sender: Connecting) -> Connecting:
+    """The sender, once it has joined the servers; closed where it cannot."""
     try:
         sender.connect()
     except RuntimeError:

@@ -13,13 +13,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.faults.tiny_run import NUM_STEPS, write_recipe
+from tests.faults.tiny_run import NUM_STEPS
 from tests.faults.zygote import NEVER, POINTS, End, Plan, Zygote, random_plan
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")

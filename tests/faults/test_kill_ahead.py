@@ -59,11 +59,6 @@ ONE_AHEAD, TWO_AHEAD, TWO_AHEAD_AND_SWAPS = Mode(1), Mode(2), Mode(2, swaps=True
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("home"))
-
-
-@pytest.fixture(scope="module")
 def zygote() -> Iterator[Zygote]:
     with Zygote() as running:
         yield running

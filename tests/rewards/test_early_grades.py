@@ -131,15 +131,20 @@ def test_equal_responses_are_each_taken_once() -> None:
     early.close()
 
 
-def test_what_only_waits_when_all_are_there_is_left_to_all_ranks() -> None:
-    is_free, has_begun = threading.Event(), threading.Event()
+def held_up() -> tuple[EarlyGrades, threading.Event, threading.Event]:
+    """With one thread that has begun when the first event is set, and goes on when the second is."""
+    has_begun, is_free = threading.Event(), threading.Event()
 
     def grade(rollouts: Sequence[Rollout]) -> list[Grade]:
         has_begun.set()
         assert is_free.wait(DEADLINE_S)
         return [grade_of(r) for r in rollouts]
 
-    early = EarlyGrades(grade, num_threads=1, max_staleness=0)
+    return EarlyGrades(grade, num_threads=1, max_staleness=0), has_begun, is_free
+
+
+def test_what_only_waits_when_all_are_there_is_left_to_all_ranks() -> None:
+    early, has_begun, is_free = held_up()
     groups = [[rollout(response, prompt=prompt) for response in (5, 6)] for prompt in range(3)]
     for siblings in groups:
         early.begin(siblings)
@@ -183,14 +188,7 @@ def test_grading_under_way_ends_when_the_verifier_is_closed() -> None:
 
 
 def test_a_grader_that_is_closed_begins_nothing_and_keeps_nobody_waiting() -> None:
-    is_free, has_begun = threading.Event(), threading.Event()
-
-    def grade(rollouts: Sequence[Rollout]) -> list[Grade]:
-        has_begun.set()
-        assert is_free.wait(DEADLINE_S)
-        return [grade_of(r) for r in rollouts]
-
-    early = EarlyGrades(grade, num_threads=1, max_staleness=0)
+    early, has_begun, is_free = held_up()
     early.begin([rollout(5)])
     assert has_begun.wait(DEADLINE_S)
     early.begin([rollout(6)])
