@@ -105,12 +105,9 @@ class ServerGroup:
             sender.send(weights, version)
         except RuntimeError as error:
             self._drop_sender()
-            same = _not_started_anew(replicas, clients)
-            has_died = len(same) < len(replicas) or any(self._portal.call(self._have_died, same))
-            for replica in same:
-                self._portal.call(
-                    partial(replica.fail, f"a weight update failed: {error}", is_final=not replica.is_ours)
-                )
+            have_died = self._portal.call(self._have_died, _not_started_anew(replicas, clients))
+            same = self._portal.call(self._give_up, replicas, clients, f"a weight update failed: {error}")
+            has_died = any(have_died) or len(same) < len(replicas)
             self._waits_for_all = True
             if has_died:
                 raise ServersLostError(f"servers died during the update to version {version}: {error}") from error
@@ -268,6 +265,13 @@ class ServerGroup:
                 replica.fail(f"it did not follow: {error}")
 
         await asyncio.gather(*(act(replica) for replica in self._replicas if replica.is_up))
+
+    def _give_up(self, replicas: Sequence[Replica], clients: Sequence[ServerClient], reason: str) -> list[Replica]:
+        """Ends the servers that these clients talk to, and returns them: others may be up anew meanwhile."""
+        same = _not_started_anew(replicas, clients)
+        for replica in same:
+            replica.fail(reason, is_final=not replica.is_ours)
+        return same
 
     def _updated(self, replicas: Sequence[Replica], clients: Sequence[ServerClient], version: int) -> None:
         for replica in _not_started_anew(replicas, clients):

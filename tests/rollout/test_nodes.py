@@ -178,8 +178,12 @@ def _use_two_nodes(run_dir: Path) -> None:
         check(1)
 
         # One dies amid the sending of its node: all are started anew, and the update is repeated.
+        def kill() -> None:
+            os.kill(children()[1].pid, signal.SIGKILL)
+            raise RuntimeError("the connection broke")
+
         if rank == 1:
-            Sender.faults = [lambda: os.kill(children()[1].pid, signal.SIGKILL)]
+            Sender.faults = [kill]
         fleet.update_weights(weights(), 2)
         check(2)
         if rank == 0:

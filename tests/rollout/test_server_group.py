@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -179,15 +180,19 @@ def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Pa
             servers.generate(make_prompts(10))
 
 
-@pytest.mark.parametrize("fails", [True, False], ids=["amid-the-update", "at-its-end"])
+@pytest.mark.parametrize("up_again", ["amid-the-update", "while-the-others-are-looked-at", "at-its-end"])
 def test_a_server_that_died_during_an_update_and_is_up_again_already_lacks_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, up_again: str
 ) -> None:
     """By the time the trainer looks, nothing is wrong with any server: the update is repeated, or the server waits."""
     prompts = make_prompts(6)
-    send = VersionSender.send
+    send, has_died = VersionSender.send, replica.Replica.has_died
+    fails = up_again != "at-its-end"
     with open_stand_ins(tmp_path, 2) as servers:
         replica_0, replica_1 = servers.group._replicas
+
+        def is_up_again() -> bool:
+            return replica_0.num_restarts == 1 and replica_0.is_up
 
         def late(sender: VersionSender, weights: NamedWeights, version: int) -> None:
             if not fails or replica_0.num_restarts:
@@ -195,11 +200,20 @@ def test_a_server_that_died_during_an_update_and_is_up_again_already_lacks_the_w
             if replica_0.num_restarts:
                 return
             servers.kill(0)
-            wait_for(lambda: replica_0.num_restarts == 1 and replica_0.is_up, timeout_s=60)
+            if up_again != "while-the-others-are-looked-at":
+                wait_for(is_up_again, timeout_s=60)
             if fails:
                 raise RuntimeError("the connection broke")
 
+        async def look_late(looked_at: replica.Replica) -> bool:
+            answer = await has_died(looked_at)
+            if up_again == "while-the-others-are-looked-at":
+                while not is_up_again():
+                    await asyncio.sleep(0.01)
+            return answer
+
         monkeypatch.setattr(VersionSender, "send", late)
+        monkeypatch.setattr(replica.Replica, "has_died", look_late)
         servers.update(1)
         assert contents(servers.generate(prompts)) == expected(prompts, version=1)
         assert [replica_0.num_restarts, replica_1.num_restarts] == [1, int(fails)]
