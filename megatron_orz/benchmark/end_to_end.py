@@ -158,10 +158,12 @@ def measure(kind: LengthKind, arguments: Arguments, progress: Progress) -> Loop:
                     raise
                 missing[name] = str(error)
             progress.remove_task(task)
+    shortest, longest = min(work.response_lengths), work.max_response_tokens
+    spread = f"{shortest} to {longest} tokens, median {median(work.response_lengths):g}"
     return Loop(
         lengths=kind,
-        shape=f"{work.num_prompts} prompts x {work.num_responses} responses of {min(work.response_lengths)} to "
-        f"{work.max_response_tokens} tokens, median {median(work.response_lengths):g}",
+        shape=f"{work.num_prompts} prompts x {work.num_responses} responses of "
+        + (spread if shortest < longest else f"{longest} tokens"),
         num_rollouts=work.num_prompts * work.num_responses,
         num_response_tokens=work.num_response_tokens,
         num_warm_up=NUM_WARM_UP,
