@@ -16,6 +16,7 @@ from megatron_orz import terminal
 from megatron_orz.benchmark import environment, gae, head, report, results, value
 from megatron_orz.benchmark.group import OURS, Finding, Findings, Group, Row
 from megatron_orz.benchmark.measure import Run, interleaved_times, peak_extra_bytes
+from megatron_orz.benchmark.options import check_positive
 
 Task = Literal["log-prob", "log-prob-gradient", "token-loss", "value-loss", "gae"]
 
@@ -55,10 +56,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but there is none; use --device cpu")
-        if self.repeats is not None and self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; at least 1 run must be timed")
-        if self.num_sequences < 1:
-            raise ValueError(f"num_sequences is {self.num_sequences}; give at least 1")
+        check_positive(self, "repeats", "num_sequences")
         for name in self.shape:
             parse_shape(name)
         if OURS in self.without:
@@ -133,7 +131,7 @@ def measure(group: Group, spec: Spec, arguments: Arguments, progress: Progress) 
         if is_good:
             good[name] = row
 
-    floor = group.floor()
+    floor = group.floor()  # before the first run of a row: one that does not fit beside it cannot be timed with it
     memory: dict[str, int] = {}
     for name in list(good):
         progress.update(where, description=f"{group.task}: memory of {name}")

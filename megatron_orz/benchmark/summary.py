@@ -59,16 +59,17 @@ def rows(path: Path) -> Iterator[str]:
 
 
 def _pairs(of_name: dict[str, Measured]) -> Iterator[tuple[Measured, Measured]]:
-    """Ours with each implementation that a target compares its speed with, or without targets with the fastest other;
+    """Ours with each implementation that a target compares its speed with, or where none does with the fastest other;
     what it does with more parts, beside it without them; the fastest transport with plain copies."""
     if OURS in of_name:
         ours = of_name[OURS]
-        for target in ours.targets:
-            match = re.search(r"times as fast as (.+)$", target["text"])
-            if match and match[1] in of_name:
-                yield ours, of_name[match[1]]
+        matches = [re.search(r"times as fast as (.+)$", target["text"]) for target in ours.targets]
+        named = [match[1] for match in matches if match]
+        for name in named:
+            if name in of_name:
+                yield ours, of_name[name]
         others = [row for row in of_name.values() if not row.is_ours]
-        if others and not ours.targets:
+        if others and not named:
             yield ours, min(others, key=_median)
         for name, more in of_name.items():
             if name.startswith(f"{OURS}, with "):

@@ -83,6 +83,15 @@ def test_the_table_has_a_line_for_each_baseline_of_a_target(tmp_path: Path) -> N
     ]
 
 
+def test_the_fastest_other_stands_in_where_no_target_compares_speed(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.json", [1.0, 2.0, 3.0], [4.0, 4.0, 5.0])
+    results = json.loads(path.read_text())
+    results["groups"][0]["targets"] = [{"text": "at least 80% of the floor", "value": 0.9, "is_met": True}]
+    path.write_text(json.dumps(results))
+    (line,) = summary.rows(path)
+    assert "| HF packed: 4 s | 2.00 |" in line
+
+
 def test_all_committed_figures_can_be_read() -> None:
     for path in FOLDER.glob("*.json"):
         assert list(summary.rows(path)), path

@@ -120,6 +120,8 @@ def test_targets_compare_with_what_was_measured() -> None:
     assert share_of_floor(0.9).is_met(findings)
     assert not share_of_floor(0.95).is_met(findings)
     assert faster_than("absent", 1).is_met(findings) is None
+    nothing_extra = Findings({OURS: Finding([1.0], 0), "eager": Finding([1.0], 90)})
+    assert smaller_than("eager", 10).is_met(nothing_extra)
 
 
 def test_runs_take_turns() -> None:
