@@ -84,17 +84,14 @@ class Inspect:
 
 def main() -> None:
     with plain_errors():
-        try:
-            code = run_command(
-                {
-                    "hf-to-megatron": (HFToMegatron, hf_to_megatron),
-                    "megatron-to-hf": (MegatronToHF, megatron_to_hf),
-                    "verify": (Verify, verify),
-                    "inspect": (Inspect, inspect),
-                }
-            )
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on from here")
+        code = run_command(
+            {
+                "hf-to-megatron": (HFToMegatron, hf_to_megatron),
+                "megatron-to-hf": (MegatronToHF, megatron_to_hf),
+                "verify": (Verify, verify),
+                "inspect": (Inspect, inspect),
+            }
+        )
         sys.exit(code)
 
 

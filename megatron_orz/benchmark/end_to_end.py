@@ -197,7 +197,7 @@ def in_process_of_its_own(contender: Contender, work: Work, timeout_s: float) ->
         future = pool.submit(_run_quietly, contender, work, log)
         try:
             return future.result(timeout_s)
-        except Exception as error:
+        except Exception as error:  # whatever it was, the process has to end, and its last words be shown
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""

@@ -138,6 +138,7 @@ def test_shapes_are_those_of_the_models(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"repeats": 0}, "repeats is 0"),
+    ({"layers": 0}, "layers is 0"),
     ({"max_response_tokens": 58}, "61 tokens do not fit max_pack_tokens 60"),
     ({"without": (OURS,)}, "beside which everything else is measured"),
     ({"device": "cuda"}, "device is cuda"),

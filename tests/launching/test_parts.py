@@ -14,13 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_orz.launch import agent
 from megatron_orz.launch.exchange import check_clocks
 from megatron_orz.launch.lifeline import Lifeline
-from megatron_orz.launch.node import Node, check_equal, node_address
+from megatron_orz.launch.node import Node, check_equal, node_address, visible_gpus
 from megatron_orz.launch.notices import NodeError, Notices
 from megatron_orz.launch.processes import Process, ProcessGroup, Signals
-from megatron_orz.launch.ray_cluster import check_cluster
+from megatron_orz.launch.ray_cluster import RemoteAgent, check_cluster
 from megatron_orz.rollout.servers import choose_ports
+from megatron_orz.rollout.token import TOKEN_VARIABLE
 
 NODE = Node(
     name="a", address="10.0.0.1", gpus=["H200, 141 GiB"] * 8, versions={"torch": "2.13"}, source="f00", free_gib=50.0
@@ -92,6 +94,50 @@ def test_this_node_tells_the_same_twice_and_what_the_system_says(tmp_path: Path)
     assert here.free_gib == pytest.approx(stat.f_bavail * stat.f_frsize / 2**30, abs=1)
 
 
+@pytest.mark.parametrize(("visible", "expected"), [(None, 3), ("0,2", 2), ("", 0), ("-1", 0)])
+def test_gpus_are_those_that_this_process_may_use(
+    visible: str | None, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nfor gpu in 0 1 2; do echo 'H200, 141 GiB'; done\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == ["H200, 141 GiB"] * expected
+
+
+def test_a_first_node_that_reaches_no_server_tells_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have found nothing wrong, and their ranks would wait for those of this node."""
+
+    def unreachable(urls: list[str]) -> None:
+        raise NodeError(f"the server at {urls[0]} does not answer")
+
+    monkeypatch.setattr(agent, "check_answers", unreachable)
+    for name, value in ((agent.ATTEMPT, "1.0"), (agent.NODE_RANK, "0"), (TOKEN_VARIABLE, "a-token")):
+        monkeypatch.setenv(name, value)
+    arguments = agent.Arguments(
+        role="trainer",
+        state_dir=tmp_path,
+        num_machines=1,
+        num_nodes=1,
+        num_processes=1,
+        num_servers=1,
+        num_gpus=0,
+        port=0,
+        start_timeout_s=60,
+        server_timeout_s=60,
+        min_free_gib=0,
+        max_skew_s=1,
+    )
+    notices, node = Notices(tmp_path, "1.0"), Node.here(address="127.0.0.1", run_dir=tmp_path)
+    notices.publish("server-0", {"url": "http://10.0.0.9:8000", "node": node.to_json()})
+    with Signals() as signals, pytest.raises(NodeError, match="does not answer"):
+        agent.Agent(arguments, ["recipe.py"], signals).train()
+    reason = "the server at http://10.0.0.9:8000 does not answer"
+    assert notices.peek("trainer-end-0") == {"name": node.name, "code": 2, "reason": reason}
+
+
 def test_a_port_in_use_is_refused_and_free_ones_follow_each_other() -> None:
     choose = partial(choose_ports, "127.0.0.1", options="--server-port")
     first = choose(0, count=3)
@@ -157,6 +203,13 @@ def test_signals_are_passed_on_and_the_code_comes_back() -> None:
     with Signals() as signals, ProcessGroup([script(text), script(text)]) as group:
         threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
         assert group.wait(signals, timeout_s=60) == 75
+
+
+def test_a_signal_before_the_agent_runs_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    remote = RemoteAgent()
+    remote.tell(int(signal.SIGTERM))
+    assert remote.run(["sleep", "600"], str(tmp_path), {}) == 128 + signal.SIGTERM
 
 
 def test_ranks_that_stay_after_a_failure_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
