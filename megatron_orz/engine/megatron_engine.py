@@ -320,7 +320,12 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
 
     def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         log_probs, _ = linear_log_prob(
-            hidden, self._output_weight, batch.targets, loss_mask=batch.loss_mask, entropy=False, **self._head_options
+            hidden,
+            self.model.output_weight,
+            batch.targets,
+            loss_mask=batch.loss_mask,
+            entropy=False,
+            **self._head_options,
         )
         return log_probs
 
@@ -332,17 +337,10 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
             return loss(output, batch.select(index)).per_token * weights[index]
 
         total, log_probs, entropy = linear_token_loss(
-            hidden, self._output_weight, batch.targets, loss_of, loss_mask=batch.loss_mask, **self._head_options
+            hidden, self.model.output_weight, batch.targets, loss_of, loss_mask=batch.loss_mask, **self._head_options
         )
         mask = batch.loss_mask
         return total, PolicyOutput(log_probs=log_probs[mask], entropy=entropy[mask])
-
-    @property
-    def _output_weight(self) -> Tensor:
-        """[V/tp, H], this rank's rows, in the padded vocabulary; on the last stage only."""
-        if self.architecture.tied_embeddings:
-            return self.model.shared_embedding_or_output_weight()
-        return self.model.output_layer.weight
 
 
 class CriticEngine(MegatronEngine[Tensor]):
