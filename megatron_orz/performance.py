@@ -19,8 +19,8 @@ import torch
 
 from megatron_orz.config import Config
 from megatron_orz.engine.architecture import read_architecture
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 from megatron_orz.engine.flops import Flops, model_flops
-from megatron_orz.engine.model import DTYPES
 from megatron_orz.engine.peak_flops import peak_flops
 from megatron_orz.types import Metrics, Rollout
 
@@ -44,7 +44,7 @@ class PerformanceMeter:
         self._num_trainers = world_size
         self._num_generators = _num_generators(config, world_size)
         self._trainer_generates = config.fleet.kind == "local" or config.fleet.colocated
-        self._peak = peak_flops(device, DTYPES[config.policy.dtype]).rate
+        self._peak = peak_flops(device, TORCH_DTYPES[config.policy.dtype]).rate
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._lengths: list[int] = []
         self._num_response_tokens = 0

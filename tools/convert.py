@@ -19,7 +19,7 @@ from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.config import DType
 from megatron_orz.conversion.convert import Conversion, plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.conversion.inspection import list_tensors
-from megatron_orz.conversion.safetensors_file import TORCH_DTYPES
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)

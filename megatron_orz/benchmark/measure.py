@@ -25,8 +25,8 @@ def interleaved_times(
     """Seconds of `num_repeats` runs of each function, after one run that does not count.
 
     The functions take turns, each round starting with another one, so that a machine that slows down for a while slows
-    all of them down. Rounds go on for at least `min_s`, so that short functions run more often. `on_run` is called after
-    each run. is_warm: every function has run already; no run is left out.
+    all of them down. Rounds go on for at least `min_s`, so that short functions run more often. `on_run` is called
+    after each run. is_warm: every function has run already; no run is left out.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
