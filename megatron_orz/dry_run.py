@@ -82,8 +82,9 @@ class Plan:
         grid = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": self.dp}
         parts = {name: memory.resident for name, memory in self.models.items()} | {"activations": self.activations}
         longest = data.max_prompt_tokens + config.sampling.max_response_tokens - 1
-        num_tokens = ppo.num_prompts * ppo.num_responses * longest
-        num_packs = -(-num_tokens // (data.max_pack_tokens * self.dp))
+        num_rollouts = ppo.num_prompts * ppo.num_responses
+        in_a_pack = data.max_pack_tokens // parallel.pack_multiple * parallel.pack_multiple // longest
+        num_packs = -(-num_rollouts // (self.dp * in_a_pack))
         num_critic_updates, num_policy_updates = ppo.num_updates(ppo.num_steps)
         return "\n".join(
             [
@@ -92,7 +93,8 @@ class Plan:
                 + " + ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
                 + f" = {self.training / GIB:.1f} GiB",
                 f"tokens of a step: {ppo.num_prompts} prompts x {ppo.num_responses} responses of at most {longest} "
-                f"tokens are at most {num_tokens:,}, or {num_packs:,} packs of {data.max_pack_tokens:,} on a rank",
+                f"tokens are at most {num_rollouts * longest:,}; if all were as long, a rank would have {num_packs:,} "
+                f"packs of {data.max_pack_tokens:,}",
                 f"updates of a step: {num_policy_updates} of the policy, {num_critic_updates} of the critic",
             ]
         )
