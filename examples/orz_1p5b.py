@@ -1,6 +1,6 @@
 """Open-Reasoner-Zero on Qwen2.5-1.5B with 16 GPUs: 8 train, and 8 generate on another machine.
 
-The 8 servers run already, as docs/recipe.md tells; `--fleet.urls` names them.
+Start the 8 servers first (docs/recipe.md says how); `--fleet.urls` names them.
 
     torchrun --nproc-per-node 8 examples/orz_1p5b.py
     python examples/orz_1p5b.py --dry-run                  # layout, memory and tokens, without the model

@@ -1,6 +1,6 @@
 """Open-Reasoner-Zero on Qwen2.5-32B with 128 GPUs: 64 train, and 16 servers of 4 GPUs generate.
 
-The servers run already on 8 other machines, as docs/recipe.md tells; `--fleet.urls` names them.
+Start the servers first, on 8 other machines (docs/recipe.md says how); `--fleet.urls` names them.
 
     torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT examples/orz_32b.py
     python examples/orz_32b.py --dry-run                  # layout, memory and tokens, without the model

@@ -1,6 +1,6 @@
 """Open-Reasoner-Zero on Qwen2.5-7B with 32 GPUs: 16 train, and 16 generate on two other machines.
 
-The 16 servers run already, as docs/recipe.md tells; `--fleet.urls` names them.
+Start the 16 servers first (docs/recipe.md says how); `--fleet.urls` names them.
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT examples/orz_7b.py
     python examples/orz_7b.py --dry-run                  # layout, memory and tokens, without the model

@@ -1,6 +1,6 @@
 """GRPO in place of PPO on Qwen2.5-7B with 32 GPUs: no critic, rewards relative to a prompt's other responses.
 
-16 GPUs train, and 16 servers run already on two other machines, as docs/recipe.md tells; `--fleet.urls` names them.
+16 GPUs train. Start the 16 servers first, on two other machines (docs/recipe.md says how); `--fleet.urls` names them.
 
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT examples/orz_7b_grpo.py
     python examples/orz_7b_grpo.py --dry-run                  # layout, memory and tokens, without the model

@@ -1,6 +1,6 @@
 """Open-Reasoner-Zero's recipe on a model that reasons already: DeepSeek-R1-Distill-Qwen-14B, with longer responses.
 
-32 GPUs train, and 16 servers run already on two other machines, as docs/recipe.md tells; `--fleet.urls` names them.
+32 GPUs train. Start the 16 servers first, on two other machines (docs/recipe.md says how); `--fleet.urls` names them.
 
     torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:PORT examples/orz_r1_distill_14b.py
     python examples/orz_r1_distill_14b.py --dry-run                  # layout, memory and tokens, without the model
