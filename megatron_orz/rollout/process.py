@@ -51,9 +51,12 @@ class SupervisedProcess(Closeable):
 
     def last_words(self, *, num_errors: int = 3, num_lines: int = 8) -> str:
         """The first exceptions this command logged, which are the likely reason for an end, then its last lines."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._log_start)
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"it cannot be read: {error}"
         errors = dict.fromkeys(
             match[0] for line in lines if "WARNING" not in line and (match := _EXCEPTION.search(line))
         )

@@ -1,5 +1,5 @@
 """The supervisor ends everything below it. The stand-in for a server starts a child that is as hard to end as can be:
-it ignores SIGTERM, and is in a session of its own."""
+it ignores SIGTERM, is in a session of its own, and has a name that is no text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ import pytest
 from megatron_orz.rollout import process
 from megatron_orz.rollout.process import SupervisedProcess
 
-STUBBORN_CHILD = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
-)
+STUBBORN_CHILD = r"""
+import ctypes, signal, time
+set_name = 15
+ctypes.CDLL(None).prctl(set_name, b"\xff) (\xff")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(600)
+"""
 SERVER = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", {STUBBORN_CHILD!r}], start_new_session=True)
@@ -137,6 +142,13 @@ def test_a_second_server_writes_below_the_first_and_is_judged_by_its_own_words(l
             assert server.exit_code(wait_s=20) == 1
             assert server.last_words().startswith(f"OSError: the {word}\n...\nTraceback")
     assert "OSError: the first" in log_path.read_text()
+
+
+def test_a_log_that_is_gone_is_said_in_place_of_its_words(log_path: Path) -> None:
+    with start("raise OSError('no such weights')", log_path) as server:
+        assert server.exit_code(wait_s=20) == 1
+        log_path.unlink()
+        assert server.last_words().startswith("it cannot be read: [Errno 2]")
 
 
 def test_a_running_server_has_no_exit_code(log_path: Path) -> None:
