@@ -20,6 +20,7 @@ NOMINAL_BF16: dict[str, float] = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H800": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
 }
 """FLOP/s by what a device's name holds; the first that fits."""
