@@ -25,6 +25,7 @@ from megatron_orz.conversion.resumable import Advance, OutputFile, write_directo
 from megatron_orz.conversion.safetensors_file import TYPE_NAMES, SafetensorsWriter
 from megatron_orz.conversion.torch_dist_file import StoredTensor, TorchDistWriter, write_metadata
 from megatron_orz.engine.architecture import Architecture, read_architecture
+from megatron_orz.engine.checkpoint_metadata import METADATA_FILE
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
 from megatron_orz.engine.torch_dist import TorchDistCheckpoint, checkpoint_key
 from megatron_orz.engine.weight_table import Entry, weight_table
@@ -93,7 +94,7 @@ def plan_hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None
             OutputFile(name=name, num_bytes=sum(map(num_bytes, entries)), write=writer(entries))
             for name, entries in groups.items()
         ],
-        identity=_identity("megatron", source, {file.name for file in checkpoint.files.values()}, dtype),
+        identity=_identity("megatron", {*checkpoint.files.values(), source / "config.json"}, dtype),
         finish=finish,
     )
 
@@ -140,6 +141,8 @@ def plan_megatron_to_hf(
         for name, entries in shards.items()
     ]
 
+    read = (source / name for name in (*checkpoint.files, METADATA_FILE))
+
     def finish(directory: Path, _: Mapping[str, Any]) -> None:
         copy_companions(companions, directory)
         write_config(directory / "config.json", dtypes[table[0].megatron_name], value_head=value_head)
@@ -152,7 +155,7 @@ def plan_megatron_to_hf(
     return Conversion(
         target=target,
         files=files,
-        identity=_identity("hf", source, {*checkpoint.files, ".metadata"}, dtype),
+        identity=_identity("hf", {*read, companions / "config.json"}, dtype),
         finish=finish,
     )
 
@@ -192,8 +195,9 @@ def _group(entries: Iterable[Entry], num_bytes: Callable[[Entry], int], limit: i
     yield group
 
 
-def _identity(kind: str, source: Path, files: Iterable[str], dtype: torch.dtype | None) -> dict[str, Any]:
-    stats = {name: (source / name).stat() for name in sorted({*files, "config.json"}) if (source / name).exists()}
+def _identity(kind: str, read: Iterable[Path], dtype: torch.dtype | None) -> dict[str, Any]:
+    """What is written, from which files as they are."""
+    stats = {file.name: file.stat() for file in sorted(read)}
     return {
         "form": kind,
         "dtype": str(dtype),
