@@ -13,6 +13,9 @@ from megatron_orz.closeable import Closeable
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0
+"""Between SIGTERM and SIGKILL to whatever is left of the command."""
+_END_S = 10.0
+"""How long the supervisor may take to end everything below it."""
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception): .+")  # "ValueError: ...", after whatever a logger puts before it
 
 
@@ -66,6 +69,6 @@ class SupervisedProcess(Closeable):
         """Ends the command and all its descendants; returns when they are gone."""
         self._supervisor.terminate()
         # The supervisor ends by itself soon after the grace: it sends SIGKILL until nothing is left.
-        if self.exit_code(wait_s=2 * _GRACE_S) is None:
+        if self.exit_code(wait_s=_END_S) is None:
             self._supervisor.kill()
-            self._supervisor.wait(_GRACE_S)
+            self._supervisor.wait(_END_S)

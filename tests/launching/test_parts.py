@@ -33,7 +33,7 @@ def test_notices_are_found_when_they_come_and_only_those_of_the_attempt(tmp_path
     Notices(tmp_path, "1.0").publish("server-0", {"url": "stale"})
     notices = Notices(tmp_path, "1.1")
     threading.Timer(0.3, lambda: notices.publish("server-0", {"url": "right"})).start()
-    assert notices.wait(["server-0"], timeout_s=30) == [{"url": "right"}]
+    assert notices.wait(["server-0"], timeout_s=120) == [{"url": "right"}]
 
 
 def test_a_missing_notice_is_named_at_the_deadline(tmp_path: Path) -> None:
@@ -48,8 +48,8 @@ def test_a_failure_ends_the_wait_at_once_with_its_reason(tmp_path: Path) -> None
     notices.publish_failure("node-1", "node b has no disk")
     started = time.monotonic()
     with pytest.raises(NodeError, match=r"^node b has no disk$"):
-        notices.wait(["node-0", "node-1"], timeout_s=60)
-    assert time.monotonic() - started < 10
+        notices.wait(["node-0", "node-1"], timeout_s=300)
+    assert time.monotonic() - started < 120
 
 
 def test_a_stale_notice_of_the_same_attempt_is_refused_and_kept(tmp_path: Path) -> None:
@@ -177,14 +177,19 @@ def test_a_node_that_goes_without_a_word_is_lost_to_the_others() -> None:
             pass
         assert first.lost() is None, "it was none of the job"
         second._lines.pop(0).close()  # as the system does for a process that was killed
-        deadline = time.monotonic() + 30
-        while first.lost() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert first.lost() == 1
+        assert node_lost_to(first) == 1
     with Lifeline.host("127.0.0.1", port, num_nodes=2) as first, join(node_rank=1) as second:
         assert first.lost() is None
         first._lines.pop(1).close()
-        assert second.lost() == 0
+        assert node_lost_to(second) == 0
+
+
+def node_lost_to(other: Lifeline) -> int | None:
+    """What is closed at one end is seen at the other a moment later."""
+    deadline = time.monotonic() + 60
+    while other.lost() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return other.lost()
 
 
 def script(text: str, log: Path | None = None, name: str = "rank 0") -> Process:
@@ -198,11 +203,13 @@ def test_the_first_failure_is_the_exit_code_and_its_last_words_are_told(tmp_path
         assert group.describe_failure() == f"rank 1 ended with exit code 2 ({tmp_path / 'log'}): error: no model"
 
 
-def test_signals_are_passed_on_and_the_code_comes_back() -> None:
-    text = "trap 'exit 75' USR1; while true; do sleep 0.05; done"
+def test_signals_are_passed_on_and_the_code_comes_back(tmp_path: Path) -> None:
+    text = f"trap 'exit 75' USR1; touch {tmp_path}/$$; while true; do sleep 0.05; done"
     with Signals() as signals, ProcessGroup([script(text), script(text)]) as group:
-        threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGUSR1)).start()
-        assert group.wait(signals, timeout_s=60) == 75
+        while len(list(tmp_path.iterdir())) < 2:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert group.wait(signals, timeout_s=120) == 75
 
 
 def test_a_signal_before_the_agent_runs_reaches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +224,7 @@ def test_ranks_that_stay_after_a_failure_are_ended(monkeypatch: pytest.MonkeyPat
     stuck = script("trap '' TERM; while true; do sleep 0.05; done", name="rank 1")
     monkeypatch.setattr("megatron_orz.launch.processes._KILL_S", 0.5)
     with Signals() as signals, ProcessGroup([script("exit 3"), stuck]) as group:
-        assert group.wait(signals, timeout_s=60) == 3
+        assert group.wait(signals, timeout_s=120) == 3
 
 
 def test_nothing_is_left_running_after_a_deadline(tmp_path: Path) -> None:
