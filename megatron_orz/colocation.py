@@ -26,6 +26,7 @@ from megatron_orz.types import (
     Policy,
     PolicyLoss,
     Prompt,
+    Reference,
     Rollout,
     Trainable,
 )
@@ -160,3 +161,21 @@ class ColocatedPolicy(ColocatedModel[PolicyLoss]):
         """The whole weights under their Hugging Face names."""
         self._turns.to_trainer()
         return self._policy.hf_weights()
+
+
+class ColocatedReference:
+    """A reference on the servers' GPUs."""
+
+    def __init__(self, reference: Reference, turns: Turns) -> None:
+        self._reference = reference
+        self._turns = turns
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """The log-probabilities of the targets."""
+        self._turns.to_trainer()
+        return self._reference.infer(batches)
+
+    def refresh(self, step: int) -> None:
+        """Becomes the policy as it is before this step, where that is due."""
+        self._turns.to_trainer()
+        self._reference.refresh(step)
