@@ -16,6 +16,7 @@ _GRACE_S = 5.0
 """Between SIGTERM and SIGKILL to whatever is left of the command."""
 _END_S = 10.0
 """How long the supervisor may take to end everything below it."""
+_NUM_ERRORS, _NUM_LINES = 3, 8
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception): .+")  # "ValueError: ...", after whatever a logger puts before it
 
 
@@ -52,7 +53,7 @@ class SupervisedProcess(Closeable):
         except subprocess.TimeoutExpired:
             return None
 
-    def last_words(self, *, num_errors: int = 3, num_lines: int = 8) -> str:
+    def last_words(self) -> str:
         """The first exceptions this command logged, which are the likely reason for an end, then its last lines."""
         try:
             with self.log_path.open("rb") as log:
@@ -63,7 +64,7 @@ class SupervisedProcess(Closeable):
         errors = dict.fromkeys(
             match[0] for line in lines if "WARNING" not in line and (match := _EXCEPTION.search(line))
         )
-        return "\n".join([*list(errors)[:num_errors], "...", *lines[-num_lines:]])
+        return "\n".join([*list(errors)[:_NUM_ERRORS], "...", *lines[-_NUM_LINES:]])
 
     def close(self) -> None:
         """Ends the command and all its descendants; returns when they are gone."""

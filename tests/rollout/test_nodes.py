@@ -114,8 +114,13 @@ def test_a_node_that_is_gone_cannot_start_a_server_and_says_nothing_of_one() -> 
 class Sender(VersionSender):
     """Notes what this rank sends; a fault happens amid the next update."""
 
+    num_connected: ClassVar[int] = 0
     sent: ClassVar[list[tuple[int, int, list[str]]]] = []
     faults: ClassVar[list[Callable[[], None]]] = []
+
+    def __init__(self, clients: Sequence[ServerClient]) -> None:
+        super().__init__(clients)
+        Sender.num_connected += 1
 
     def send(self, weights: Any, version: int) -> None:
         for index, _ in enumerate(weights):
@@ -168,11 +173,13 @@ def _use_two_nodes(run_dir: Path) -> None:
             rollouts: list[Rollout] = fleet.generate(prompts, num_responses=3, seed=version)
             assert contents(rollouts) == expected(prompts, version=version, seed=version)
 
-        fleet.update_weights(weights(), 0)
+        for _ in range(2):
+            fleet.update_weights(weights(), 0)
         check(0)
         # Each node's first rank sends to its own servers, and keeps its connection.
         sent = ranks.gather([(who, version, len(urls)) for who, version, urls in Sender.sent])
-        assert sent == [[(0, 0, 2)], [(1, 0, 2)], []]
+        assert sent == [[(0, 0, 2)] * 2, [(1, 0, 2)] * 2, []]
+        assert ranks.gather(Sender.num_connected) == [1, 1, 0]
 
         # A server of node 1 is killed while it holds requests: it is started anew there, and gets the next weights.
         if rank == 1:
@@ -182,6 +189,7 @@ def _use_two_nodes(run_dir: Path) -> None:
         assert len(children()) == (0 if rank == 2 else 2)
         fleet.update_weights(weights(), 1)
         check(1)
+        assert ranks.gather(Sender.num_connected) == [2, 2, 0]
 
         # One dies amid the sending of its node: all are started anew, and the update is repeated.
         def kill() -> None:

@@ -171,6 +171,34 @@ def test_a_faulty_server_is_replaced_and_its_requests_move_on(tmp_path: Path, fa
         assert servers.group.metrics()["fleet/retried_requests"] >= 3
 
 
+def test_a_server_that_is_suspected_and_given_up_at_once_has_one_watch_afterwards(tmp_path: Path) -> None:
+    """As by the third bad answer: the watch wakes in the moment in which it is cancelled."""
+    with open_stand_ins(tmp_path, 1) as servers:
+        (server,) = servers.group._replicas
+
+        def give_up() -> None:
+            server._suspicion.set()
+            server.fail("three requests in a row failed")
+
+        def num_watches() -> int:
+            return sum(task.get_coro().__qualname__ == "Replica._watch" for task in asyncio.all_tasks())
+
+        servers.group._portal.call(give_up)
+        wait_for(lambda: server.num_restarts == 1 and server.is_up)
+        assert servers.group._portal.call(num_watches) == 1
+
+
+def test_a_server_whose_watch_fails_is_lost_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(running: replica.Running, *, wait_s: float = 0.0) -> None:
+        raise OSError("the file system is gone")
+
+    with open_stand_ins(tmp_path, 1) as servers:
+        monkeypatch.setattr(replica.Running, "check_alive", broken)
+        wait_for(lambda: states(servers.group) == ["lost"])
+        with pytest.raises(ServerError, match=r"0 of 1 servers .*server 0: its watch failed: .* system is gone"):
+            servers.generate(make_prompts(1))
+
+
 def test_a_stopped_process_is_noticed_and_replaced(tmp_path: Path) -> None:
     prompts = make_prompts(10)
     with open_stand_ins(tmp_path, 2) as servers:
@@ -307,6 +335,20 @@ def test_servers_sleep_and_wake_in_stages_and_the_dead_stay_dead_meanwhile(tmp_p
         wait_for(all_up(servers.group))  # there is memory for its start again
         servers.group.sleep()
         assert servers.calls(0) == ["/sleep?level=2"]
+
+
+def test_a_server_that_does_not_fall_asleep_has_ended_before_its_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(http: object) -> None:
+        raise ServerError("the allocator is in disorder")
+
+    with open_stand_ins(tmp_path, 2) as servers:
+        process = psutil.Process(servers.pid(0))
+        monkeypatch.setattr(servers.group._replicas[0].client, "sleep", refuse)
+        servers.group.sleep()
+        assert not process.is_running()
+        assert states(servers.group) == ["down", "up"]
 
 
 @pytest.mark.usefixtures("patient_with_ends")

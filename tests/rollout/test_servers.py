@@ -106,7 +106,10 @@ def test_the_server_does_not_inherit_the_trainers_place(monkeypatch: pytest.Monk
     assert environment["KEPT"] == "kept"
     assert environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    assert "OMP_NUM_THREADS" not in vllm_server._environment(on_cuda=False, cpu_threads=None)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # its own store would be looked for elsewhere
+    environment = vllm_server._environment(on_cuda=False, cpu_threads=None)
+    assert "OMP_NUM_THREADS" not in environment
+    assert not any(name.startswith("TORCHELASTIC") for name in environment)
 
 
 def test_a_server_decodes_as_many_responses_together_as_configured(tmp_path: Path) -> None:
