@@ -109,10 +109,14 @@ def torch_dtype(name: DType | None) -> torch.dtype | None:
 
 
 def convert(conversion: Conversion) -> int:
-    with terminal.progress(in_bytes=True) as progress:
-        task = progress.add_task(f"writing {conversion.target.name}", total=conversion.num_bytes)
-        is_new = conversion.run(lambda num_bytes: progress.advance(task, num_bytes))
-        progress.update(task, completed=conversion.num_bytes)
+    try:
+        with terminal.progress(in_bytes=True) as progress:
+            task = progress.add_task(f"writing {conversion.target.name}", total=conversion.num_bytes)
+            is_new = conversion.run(lambda num_bytes: progress.advance(task, num_bytes))
+            progress.update(task, completed=conversion.num_bytes)
+    except KeyboardInterrupt:
+        print("the same command goes on from here", file=sys.stderr)
+        raise
     print(conversion.target if is_new else f"{conversion.target} is complete already")
     return 0
 

@@ -162,11 +162,11 @@ def _activations(
     num_layers = sum(map(len, chunks))
     in_layer = layer_activations(architecture, parallel, num_bytes=num_bytes)
     hidden = architecture.hidden_size / (parallel.tp if parallel.sequence_parallel else 1) * num_bytes
-    # Passes a stage has begun and not yet taken back: fewer on later stages, more with interleaving.
-    in_flight: float = parallel.pp - stage
+    # Passes of its chunks that a stage has begun and not yet taken back: those of the warm-up, and one more.
+    warm_up = parallel.pp - stage - 1
     if parallel.vpp > 1:
-        in_flight = 1 + (2 * (parallel.pp - stage - 1) + (parallel.vpp - 1) * parallel.pp) / parallel.vpp
-        in_flight = min(in_flight, 2 * parallel.pp)
+        warm_up = 2 * warm_up + (parallel.vpp - 1) * parallel.pp
+    in_flight = (warm_up + 1) / parallel.vpp
     if recompute == "full":
         layers = tokens * (in_flight * num_layers * hidden + in_layer)
     else:
