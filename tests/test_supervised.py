@@ -167,7 +167,7 @@ def gradients_of_layout(parallel: dict[str, Any], path: Path, output: Path) -> N
     from megatron_orz.engine.parallel import open_mesh
     from megatron_orz.supervised import cross_entropy as held_out_loss
 
-    with open_mesh(ParallelConfig(timeout_s=60, **parallel), seed=0) as mesh:
+    with open_mesh(ParallelConfig(timeout_s=300, **parallel), seed=0) as mesh:
         policy = PolicyEngine(ModelConfig(path=path, optimizer=OptimizerConfig(lr=1e-3)), mesh)
 
         def packs(turns: list[tuple[str, str]], min_packs: int) -> Any:

@@ -42,7 +42,7 @@ def doctor(*options: str, site: Path | None = None) -> tuple[int, dict[str, Any]
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stdout, done.stderr
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
@@ -92,7 +92,7 @@ def test_the_exit_code_tells_of_broken_things(
         ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
         ("import os; os.abort()", "killed by signal 6"),
         ("import os; os._exit(7)", "fails"),
-        ("import time; time.sleep(60)", "no end after 2 s"),
+        ("import time; time.sleep(300)", "no end after 2 s"),
         ("print('all is well')", ""),
     ],
 )
@@ -103,7 +103,7 @@ def test_an_import_that_fails_crashes_or_hangs_is_a_finding(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (finding,) = packages.check_imports(
-        [pin("planted", module="planted")], "cpu", timeout_s=2 if "sleep" in source else 60
+        [pin("planted", module="planted")], "cpu", timeout_s=2 if "sleep" in source else 300
     )
     if said:
         assert (finding.verdict, finding.cost) == ("broken", "a cost")
@@ -206,9 +206,9 @@ def test_the_extension_of_this_checkout_is_seen_as_torch_sees_it() -> None:
 
     from megatron_orz.ops.extension import has_kernel
 
-    finding = packages.check_extension("cpu", timeout_s=120)
+    finding = packages.check_extension("cpu", timeout_s=300)
     assert (finding.verdict == "ok") == has_kernel("packed_gae", "cpu")
-    on_cuda = packages.check_extension("cuda", timeout_s=120)
+    on_cuda = packages.check_extension("cuda", timeout_s=300)
     assert (on_cuda.verdict == "ok") == has_kernel("packed_gae", "cuda")
     assert torch.version.cuda is not None or "for the CPU alone" in on_cuda.found or finding.verdict != "ok"
 

@@ -68,7 +68,7 @@ class SeededFleet:
 
 @pytest.fixture(scope="module")
 def verifier():
-    with AnswerVerifier(timeout_s=20.0, num_workers=1) as verifier:
+    with AnswerVerifier(timeout_s=120.0, num_workers=1) as verifier:
         yield verifier
 
 

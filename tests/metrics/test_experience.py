@@ -37,9 +37,9 @@ class ThreadRanks:
 
     def dp_all_gather(self, tensor: Tensor) -> Tensor:
         self.gathered[self.dp_rank] = tensor
-        self.barrier.wait(timeout=10)
+        self.barrier.wait(timeout=120)
         stacked = torch.stack(self.gathered)
-        self.barrier.wait(timeout=10)
+        self.barrier.wait(timeout=120)
         return stacked
 
 

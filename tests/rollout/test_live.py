@@ -154,7 +154,7 @@ def test_a_server_that_says_nothing_ends_at_the_deadline() -> None:
 
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None:
-            release.wait(20)
+            release.wait(120)
         return Server().answer(path, body)
 
     with serving(answer) as url:

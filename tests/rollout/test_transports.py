@@ -26,6 +26,10 @@ from megatron_orz.types import NamedWeights
 from tests.rollout.conftest import model_config
 
 STARTED_WITHIN_S = 200.0
+DEADLINE_S = 240.0
+"""Of connecting and of updates."""
+AT_ONCE_S = 120.0
+"""However busy the machine is, what takes no longer has not waited for the deadline."""
 KINDS: list[TransportKind] = ["ipc", "gloo", "disk"]
 
 
@@ -63,7 +67,7 @@ def make_weights(seed: int, num_tensors: int = 40) -> NamedWeights:
 
 def make_sender(servers: list[BareServer], kind: TransportKind, folder: Path, **options: Any) -> WeightSender:
     sender = WeightSender(
-        servers, build_transport(kind, folder=folder), **{"timeout_s": 60, "verification": "full", **options}
+        servers, build_transport(kind, folder=folder), **{"timeout_s": DEADLINE_S, "verification": "full", **options}
     )
     sender.connect()
     return sender
@@ -180,7 +184,7 @@ def test_a_server_that_refuses_an_update_is_an_error_at_once(
     sender.close()
     del sender
     gc.collect()
-    assert time.monotonic() - started < 10, "something waits for the server that has failed"
+    assert time.monotonic() - started < AT_ONCE_S, "something waits for the server that has failed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -191,7 +195,7 @@ def test_a_server_that_refuses_to_connect_is_an_error_at_once(
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="out of memory"):
         make_sender([Refusing(servers[0], "/init_weight_transfer_engine")], kind, tmp_path)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < AT_ONCE_S
 
 
 def test_weights_that_fail_to_come_end_the_update(servers: list[BareServer], tmp_path: Path) -> None:
@@ -201,7 +205,8 @@ def test_weights_that_fail_to_come_end_the_update(servers: list[BareServer], tmp
         yield from make_weights(0, num_tensors=20)
         raise ArithmeticError("a rank died")
 
-    sender = make_sender(servers[:1], "ipc", tmp_path, timeout_s=3)
+    sender = make_sender(servers[:1], "ipc", tmp_path, timeout_s=10)
+    sender._timeout_s = DEADLINE_S  # the trainer's own
     with pytest.raises(ArithmeticError, match="a rank died"):
         sender.send(failing(), 0)
     sender.close()
@@ -226,19 +231,20 @@ def test_a_server_that_dies_is_an_error_at_once(kind: TransportKind, tmp_path: P
         with pytest.raises((EOFError, RuntimeError, ConnectionError)):
             sender.send(dying(), 0)
         sender.close()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < AT_ONCE_S
 
 
 def test_a_server_that_stalls_ends_at_the_deadline(tmp_path: Path) -> None:
     with BareServer() as stalled:
         stalled.post("/health", timeout_s=STARTED_WITHIN_S)
         process = psutil.Process(stalled.process.pid)
-        sender = make_sender([stalled], "ipc", tmp_path, verification="off", timeout_s=2)
+        sender = make_sender([stalled], "ipc", tmp_path, verification="off")
+        sender._timeout_s = 2  # of the update alone
         process.suspend()
         started = time.monotonic()
         with pytest.raises((TimeoutError, RuntimeError)):
             sender.send(make_weights(0), 0)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < AT_ONCE_S
         sender.close()
 
 

@@ -135,7 +135,7 @@ def test_a_real_model_is_sampled_and_graded(tmp_path: Path) -> None:
     def open_sampler() -> Iterator[Sampler]:
         with (
             open_fleet(fleet_config, sampling, model_config(tmp_path / "hf"), run_dir=tmp_path) as fleet,
-            AnswerVerifier(timeout_s=60) as verifier,
+            AnswerVerifier(timeout_s=120) as verifier,
         ):
             yield fleet_sampler(settings, tokenizer, fleet, ResponseGrader(verifier, tokenizer, Ranks()))
 
