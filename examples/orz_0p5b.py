@@ -1,8 +1,8 @@
 """Open-Reasoner-Zero on Qwen2.5-0.5B with 8 GPUs: each holds both models, and a server beside them.
 
-    torchrun --nproc-per-node 8 examples/orz_0p5b.py
-    python examples/orz_0p5b.py --dry-run                  # layout, memory and tokens, without the model
-    python examples/orz_0p5b.py --debug                    # one GPU, few prompts, short responses
+torchrun --nproc-per-node 8 examples/orz_0p5b.py
+python examples/orz_0p5b.py --dry-run                  # layout, memory and tokens, without the model
+python examples/orz_0p5b.py --debug                    # one GPU, few prompts, short responses
 """
 
 from pathlib import Path

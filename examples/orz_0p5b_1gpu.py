@@ -1,8 +1,8 @@
 """Open-Reasoner-Zero on Qwen2.5-0.5B with one GPU, which the server shares with the trainer.
 
-    python examples/orz_0p5b_1gpu.py
-    python examples/orz_0p5b_1gpu.py --dry-run                  # layout, memory and tokens, without the model
-    python examples/orz_0p5b_1gpu.py --debug                    # one GPU, few prompts, short responses
+python examples/orz_0p5b_1gpu.py
+python examples/orz_0p5b_1gpu.py --dry-run                  # layout, memory and tokens, without the model
+python examples/orz_0p5b_1gpu.py --debug                    # one GPU, few prompts, short responses
 """
 
 from pathlib import Path
