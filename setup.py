@@ -1,8 +1,8 @@
 """Builds `megatron_orz._C`, the C++ and CUDA kernels. Everything else about the project is in pyproject.toml.
 
 The extension is optional: without a C++ compiler or the Python headers the package installs without it, and its ops
-run their plain PyTorch reference. CUDA kernels are built where torch and nvcc are of one CUDA version, for Ampere and
-Hopper unless TORCH_CUDA_ARCH_LIST names others; no GPU is needed. An error while compiling is an error.
+run their plain PyTorch reference. CUDA kernels are built where torch and nvcc are of one major version of CUDA, for
+Ampere and Hopper unless TORCH_CUDA_ARCH_LIST names others; no GPU is needed. An error while compiling is an error.
 """
 
 import os

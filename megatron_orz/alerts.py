@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
-from megatron_orz.types import Metrics
-
 WINDOW = 50
 MIN_STEPS = 10
 """A metric is judged once it has so many steps behind it."""
@@ -63,7 +61,7 @@ class Alerts:
         for metrics in history:
             self.watch(metrics)
 
-    def watch(self, metrics: Metrics | Mapping[str, float]) -> list[Alert]:
+    def watch(self, metrics: Mapping[str, float]) -> list[Alert]:
         """The alerts that the metrics of one more step raise."""
         alerts = []
         for name, past in self._past.items():

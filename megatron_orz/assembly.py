@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_orz import ppo
 from megatron_orz.ahead import GenerationAhead
 from megatron_orz.algorithms.algorithm import Absent
-from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
+from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, ColocatedReference, Turns
 from megatron_orz.config import Config
 from megatron_orz.data.prompts import PromptStream
 from megatron_orz.engine.megatron_engine import CriticEngine, PolicyEngine
@@ -128,6 +128,6 @@ def in_turns(
     return (
         ColocatedPolicy(policy, turns),
         ColocatedModel(critic, turns) if critic else Absent(),
-        reference or Absent(),  # is asked right after the policy, in the trainer's turn
+        ColocatedReference(reference, turns) if reference else Absent(),
         ColocatedFleet(step_fleet, turns),
     )

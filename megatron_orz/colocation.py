@@ -26,6 +26,7 @@ from megatron_orz.types import (
     Policy,
     PolicyLoss,
     Prompt,
+    Reference,
     Rollout,
     Trainable,
 )
@@ -142,6 +143,24 @@ class ColocatedModel(Generic[Loss]):
         """One optimizer step on this rank's share of a mini-batch."""
         self._turns.to_trainer()
         return self._model.step(minibatch, loss)
+
+
+class ColocatedReference:
+    """A reference on the servers' GPUs. It follows the policy, and so needs it there for a refresh."""
+
+    def __init__(self, reference: Reference, turns: Turns) -> None:
+        self._reference = reference
+        self._turns = turns
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """A [T] float32 tensor for each batch, on the CPU."""
+        self._turns.to_trainer()
+        return self._reference.infer(batches)
+
+    def refresh(self, step: int) -> None:
+        """Becomes the policy as it is before this step, where that is due."""
+        self._turns.to_trainer()
+        self._reference.refresh(step)
 
 
 class ColocatedPolicy(ColocatedModel[PolicyLoss]):

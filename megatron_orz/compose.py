@@ -28,7 +28,8 @@ def compose(config: Config) -> Algorithm:
     """The algorithm a config describes."""
     importance = partial(importance_weights, cap=config.ppo.importance_cap, level=config.ppo.importance_level)
     estimate_all: Estimate = partial(estimate, estimator=_estimator(config.ppo), importance=importance)
-    if config.kl.coefficient > 0 and config.kl.place == "reward":
+    has_penalty_in_rewards = config.kl.coefficient > 0 and config.kl.place == "reward"
+    if has_penalty_in_rewards:
         estimate_all = partial(_estimate_with_penalty, config.kl, estimate_all)
     return Algorithm(
         rewards=partial(_rewards, config),
@@ -36,10 +37,10 @@ def compose(config: Config) -> Algorithm:
         whiten=whiten_advantages if config.ppo.whiten_advantages else _as_it_is,
         policy_loss=_policy_loss(config.ppo, config.kl),
         value_loss=ClippedValueLoss(config.ppo.value_clip_eps),
-        # Importance weights and the penalties of a reference are known before the update.
+        # Importance weights and penalised rewards are known before the update.
         needs_old_log_probs=config.ppo.num_policy_updates > 1
         or config.ppo.importance_cap > 0
-        or config.kl.coefficient > 0,
+        or has_penalty_in_rewards,
     )
 
 

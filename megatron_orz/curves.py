@@ -19,6 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from megatron_orz.logs import read_metrics
 from megatron_orz.types import Metrics
+from megatron_orz.whole_file import whole_file
 
 Run: TypeAlias = Sequence[Metrics]
 """The rows of one metrics file."""
@@ -126,7 +127,7 @@ def draw_curves(metrics_paths: Path | Sequence[Path], picture: Path) -> None:
             axes[letter].set_ylim(bottom=panel.lowest)
     if axes["R"].get_legend_handles_labels()[0]:
         axes["R"].legend(loc="best", frameon=False, fontsize=9)
-    figure.savefig(picture)
+    write_picture(figure, picture)
 
 
 def group_seeds(paths: Sequence[Path]) -> Mapping[str, Sequence[Path]]:
@@ -188,6 +189,12 @@ def _draw_held_out(axes: Axes, runs: Sequence[Run], *, color: str) -> None:
             zorder=3,
             label=f"{name.removeprefix('evaluation/')}, held out",
         )
+
+
+def write_picture(figure: Figure, picture: Path) -> None:
+    """Writes the picture, whole or not at all; its suffix picks the format."""
+    with whole_file(picture) as file:
+        figure.savefig(file, format=picture.suffix.removeprefix(".") or "png")
 
 
 def style_axes(axes: Axes, panel: Panel) -> None:

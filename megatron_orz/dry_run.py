@@ -10,7 +10,7 @@ from megatron_orz.checks import check_architecture, check_models, read_data
 from megatron_orz.command_line import rank, world_size
 from megatron_orz.config import Config, ModelConfig, to_json
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.memory import ModelMemory, fullest_stage
+from megatron_orz.engine.memory import BYTES, ModelMemory, fullest_stage, num_parameters
 
 GIB = 2**30
 
@@ -65,6 +65,8 @@ class Plan:
     dp: int
     models: dict[str, ModelMemory]
     """On the pipeline stage where each takes most; a reference has weights alone."""
+    delta_copy: int
+    """Bytes of the copy of the policy that both sides of a weight update keep in host memory; 0 without fleet.delta."""
 
     @property
     def activations(self) -> int:
@@ -82,17 +84,24 @@ class Plan:
         grid = {"tp": parallel.tp, "pp": parallel.pp, "cp": parallel.cp, "dp": self.dp}
         parts = {name: memory.resident for name, memory in self.models.items()} | {"activations": self.activations}
         longest = data.max_prompt_tokens + config.sampling.max_response_tokens - 1
-        num_tokens = ppo.num_prompts * ppo.num_responses * longest
-        num_packs = -(-num_tokens // (data.max_pack_tokens * self.dp))
+        num_rollouts = ppo.num_prompts * ppo.num_responses
+        in_a_pack = data.max_pack_tokens // parallel.pack_multiple * parallel.pack_multiple // longest
+        num_packs = -(-num_rollouts // (self.dp * in_a_pack))
         num_critic_updates, num_policy_updates = ppo.num_updates(ppo.num_steps)
+        delta = (
+            f"host memory of fleet.delta: {self.delta_copy / GIB:.1f} GiB on every rank that sends weights, and in "
+            "every worker of every server"
+        )
         return "\n".join(
             [
                 f"layout: {self.num_ranks} GPUs = " + " x ".join(f"{name} {size}" for name, size in grid.items()),
                 "memory of a GPU while training: "
                 + " + ".join(f"{name} {num_bytes / GIB:.1f}" for name, num_bytes in parts.items())
                 + f" = {self.training / GIB:.1f} GiB",
+                *([delta] if self.delta_copy else []),
                 f"tokens of a step: {ppo.num_prompts} prompts x {ppo.num_responses} responses of at most {longest} "
-                f"tokens are at most {num_tokens:,}, or {num_packs:,} packs of {data.max_pack_tokens:,} on a rank",
+                f"tokens are at most {num_rollouts * longest:,}; if all were as long, a rank would have {num_packs:,} "
+                f"packs of {data.max_pack_tokens:,}",
                 f"updates of a step: {num_policy_updates} of the policy, {num_critic_updates} of the critic",
             ]
         )
@@ -108,6 +117,7 @@ def plan(config: Config, architectures: dict[str, Architecture], num_ranks: int)
             name: _memory(config, _config_of(config, name), architecture, num_ranks, name)
             for name, architecture in architectures.items()
         },
+        delta_copy=num_parameters(architectures["policy"]) * BYTES["bfloat16"] if config.fleet.delta else 0,
     )
 
 

@@ -84,6 +84,8 @@ class Peers:
                 if not self._store.check([f"finished/{rank}"]):
                     return self._report(_loss(rank, process, speaker=self.rank))
         except dist.DistError:
+            if 0 in self._watched and not self._watched[0].is_alive():  # it has died since the first look
+                return _loss(0, self._watched[0], speaker=1)
             message = "the store of the rendezvous is gone: rank 0, or the torchrun that held it, has ended"
             return Failure(rank=1, exit_code=RANK_LOST, message=message)
         return None

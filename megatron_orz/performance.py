@@ -1,7 +1,8 @@
 """How fast a run is: tokens a second and MFU of each phase of a step, from its spans and its rollouts.
 
     perf/step_s                             from one record to the next, without evaluation
-    perf/tokens_per_s_per_gpu, perf/mfu     of the whole step: all tokens of the rollouts, all operations of the models
+    perf/tokens_per_s_per_gpu, perf/mfu     of the whole step: all tokens of the rollouts, and all operations that the
+                                            trainer's GPUs do, generation among them where it is theirs
     perf/<phase>_tokens_per_s_per_gpu       generate: response tokens; infer, critic, policy: all tokens
     perf/<phase>_mfu                        as a share of `perf/peak_tflops`, the rate of one GPU
 
@@ -18,8 +19,8 @@ import torch
 
 from megatron_orz.config import Config
 from megatron_orz.engine.architecture import read_architecture
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 from megatron_orz.engine.flops import Flops, model_flops
-from megatron_orz.engine.model import DTYPES
 from megatron_orz.engine.peak_flops import peak_flops
 from megatron_orz.types import Metrics, Rollout
 
@@ -42,7 +43,8 @@ class PerformanceMeter:
         self._has_reference = config.kl.coefficient > 0
         self._num_trainers = world_size
         self._num_generators = _num_generators(config, world_size)
-        self._peak = peak_flops(device, DTYPES[config.policy.dtype]).rate
+        self._trainer_generates = config.fleet.kind == "local" or config.fleet.colocated
+        self._peak = peak_flops(device, TORCH_DTYPES[config.policy.dtype]).rate
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._lengths: list[int] = []
         self._num_response_tokens = 0
@@ -82,7 +84,8 @@ class PerformanceMeter:
                 metrics[f"perf/{phase}_tokens_per_s_per_gpu"] = tokens[phase] / seconds[phase] / num_gpus
                 metrics[f"perf/{phase}_mfu"] = flops[phase] / seconds[phase] / (num_gpus * self._peak)
         step_s = now - start - seconds["evaluate"]
-        done = sum(flops[phase] for phase in flops if seconds[phase] > 0)
+        of_trainer = [phase for phase in flops if phase != "generate" or self._trainer_generates]
+        done = sum(flops[phase] for phase in of_trainer if seconds[phase] > 0)
         return metrics | {
             "perf/step_s": step_s,
             "perf/tokens_per_s_per_gpu": num_tokens / step_s / self._num_trainers,

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import Progress
+from rich.console import Console
 from transformers.utils.logging import disable_progress_bar
 
+from megatron_orz import terminal
 from megatron_orz.algorithms.losses import next_token_loss
 from megatron_orz.checkpoint.hf_export import export_hf
 from megatron_orz.checkpoint.recipe import recipe_of
@@ -186,7 +187,7 @@ def _read_data(
 ) -> tuple[list[Demonstration], dict[str, list[Demonstration]]]:
     """What is to be learnt, and what is held out, by the name of its file."""
     data, is_main = config.data, rank() == 0
-    with Progress(transient=True, disable=not (is_main and sys.stdout.isatty())) as bar:
+    with terminal.progress(Console(stderr=True, quiet=not is_main)) as bar:
         task = bar.add_task("reading conversations", total=None)
 
         def load(paths: Sequence[Path]) -> tuple[list[Demonstration], ConversationReport]:

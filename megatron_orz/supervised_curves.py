@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_orz.curves import COLORS, Panel, draw_panel, mean_over_runs, style_axes
+from megatron_orz.curves import COLORS, Panel, draw_panel, mean_over_runs, style_axes, write_picture
 from megatron_orz.logs import read_metrics
 
 PANELS = {
@@ -31,4 +31,4 @@ def draw_supervised_curves(metrics_path: Path, picture: Path) -> None:
         label = f"{name.split('/')[1]}, held out"
         axes["L"].plot(steps, losses, "o-", color=color, markerfacecolor="white", linewidth=1, label=label)
     axes["L"].legend(loc="best", frameon=False, fontsize=9)
-    figure.savefig(picture)
+    write_picture(figure, picture)

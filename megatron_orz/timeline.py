@@ -9,11 +9,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from matplotlib.figure import Figure
 
 from megatron_orz.closeable import Closeable
+from megatron_orz.log_files import LineFile
 
 TIMELINE_FILE = "timeline.json"
 TRACKS = ("trainer", "servers")
@@ -25,11 +25,10 @@ class Timeline(Closeable):
     def __init__(self, path: Path) -> None:
         """Goes on with a timeline that is there. Raises RuntimeError, here and later, for what cannot be written."""
         self._path = path
-        is_new = not path.exists()
         with self._explained():
-            self._file: TextIO = path.open("a")
-        if is_new:
-            self._begin()
+            self._file = LineFile(path)
+            if path.stat().st_size == 0:
+                self._begin()
 
     def on_trainer(self, name: str, start_s: float, end_s: float) -> None:
         """A span of the trainer's main thread, in seconds of `time.perf_counter`."""
@@ -44,8 +43,7 @@ class Timeline(Closeable):
         self._file.close()
 
     def _begin(self) -> None:
-        with self._explained():
-            self._file.write("[\n")
+        self._file.append(b"[\n")
         for number, track in enumerate(TRACKS):
             self._write({"ph": "M", "name": "thread_name", "pid": 0, "tid": number, "args": {"name": track}})
 
@@ -55,8 +53,7 @@ class Timeline(Closeable):
 
     def _write(self, event: dict[str, object]) -> None:
         with self._explained():
-            self._file.write(json.dumps(event) + ",\n")
-            self._file.flush()
+            self._file.append(json.dumps(event).encode() + b",\n")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -70,9 +67,11 @@ class Timeline(Closeable):
 
 def read_spans(path: Path) -> list[tuple[str, str, float, float]]:
     """Track, name, start and duration in seconds of every span, from the first one's start. Raises ValueError."""
+    content = path.read_bytes()
+    whole_lines = content[: content.rfind(b"\n") + 1]  # a machine that went down may have left half a line
     try:
-        events = json.loads(path.read_text().rstrip().rstrip(",") + "]")
-    except json.JSONDecodeError as error:
+        events = json.loads(whole_lines.rstrip().rstrip(b",") + b"]")
+    except ValueError as error:
         raise ValueError(f"{path} is no timeline ({error}); give that of a run with ppo.max_staleness 1") from error
     spans = [event for event in events if event["ph"] == "X"]
     first = min((event["ts"] for event in spans), default=0)

@@ -176,7 +176,6 @@ def summarise(config: Config, log: RunLog) -> None:
     try:
         draw_curves(metrics, picture)
     except OSError as error:
-        picture.unlink(missing_ok=True)
         raise RuntimeError(
             f"cannot write {picture}: {error.strerror or error}; free some space and run tools/plot.py {config.run_dir}"
         ) from error

@@ -94,8 +94,7 @@ class Watchdog:
         stillness = _Stillness()
         num_told = 0
         while not self._stop.wait(POLL_S):
-            # Where a call keeps the interpreter's lock this thread stands still too; faulthandler's does without.
-            faulthandler.dump_traceback_later(self._timeout_s + 3 * GRACE_S, exit=True, file=_STDERR)
+            self._watch_the_interpreter()
             peers, count = self._peers, self._count
             failure = None if peers is None else peers.failure()
             if failure is None and stillness.seconds(_total(peers, count, num_told)) > self._timeout_s:
@@ -104,6 +103,10 @@ class Watchdog:
             if failure is not None:
                 self._end(failure, is_mine=peers is None or failure.rank == peers.rank)
                 return
+
+    def _watch_the_interpreter(self) -> None:
+        """Where a call keeps the interpreter's lock the watchdog stands still too; faulthandler's thread needs none."""
+        faulthandler.dump_traceback_later(self._timeout_s + 3 * GRACE_S, exit=True, file=_STDERR)
 
     def _hang(self, peers: Peers | None) -> Failure:
         rank = 0 if peers is None else peers.rank
@@ -138,6 +141,7 @@ class Watchdog:
             faulthandler.dump_traceback(_STDERR, all_threads=True)
 
     def __enter__(self) -> Self:
+        self._watch_the_interpreter()
         self._thread.start()
         return self
 

@@ -14,9 +14,9 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from tests.recipe import Finished
 
-# How long one example takes says more about the machine than about the code.
-settings.register_profile("patient", deadline=None)
-settings.load_profile("patient")
+# How long one example takes says more about the machine than about the code. The same examples come in every run.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from megatron_orz.logs import read_metrics
 from megatron_orz.types import Metrics
 from tests.engine import tiny
 
-DEADLINE_S = 180
+DEADLINE_S = 400
 
 RECIPE = """
 from pathlib import Path

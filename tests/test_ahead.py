@@ -305,6 +305,8 @@ def config(*, ppo: dict[str, Any], fleet: dict[str, Any]) -> Config:
         ({}, {"urls": ("a:1",)}, r"holds 'a:1', which is no http:// or https:// address"),
         ({}, {"num_servers": 2, "min_servers": 3}, r"fleet\.min_servers 3 exceeds the 2 servers"),
         ({}, {"num_servers": 2, "server_tp": 2, "gpus": (0, 1)}, "names 2 GPUs, but 2 servers of 2 GPUs need 4"),
+        ({}, {"num_servers": 2, "gpus": (0, 0)}, r"fleet\.gpus \(0, 0\) are not different numbers from 0 on"),
+        ({}, {"gpus": (-1,)}, r"fleet\.gpus \(-1,\) are not different numbers from 0 on"),
     ],
 )
 def test_combinations_without_sense_are_refused(ppo: dict[str, Any], fleet: dict[str, Any], message: str) -> None:

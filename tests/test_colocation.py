@@ -7,17 +7,17 @@ from typing import Any, Literal
 
 import pytest
 
-from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, Turns
+from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, ColocatedReference, Turns
 from megatron_orz.types import Metrics, NamedWeights, Prompt, Rollout
 
 
 class Diary:
     """Fleet and models at once; refuses what would not fit into memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, *models: str) -> None:
         self.entries: list[str] = []
         self.server: set[str] = set()
-        self.loaded = {"policy", "critic"}
+        self.models, self.loaded = set(models), set(models)
 
     def sleep(self) -> None:
         assert self.loaded == set()
@@ -31,7 +31,7 @@ class Diary:
 
     def update_weights(self, weights: NamedWeights, version: int) -> None:
         assert self.server == {"weights"}
-        assert self.loaded == {"policy", "critic"}
+        assert self.loaded == self.models
         self.entries.append(f"update {version} {next(iter(weights))[0]}")
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Rollout]:
@@ -63,15 +63,18 @@ class Model:
     def hf_weights(self) -> Any:
         return self.work("export", iter([("weight", None)]))
 
+    def refresh(self, step: int) -> None:
+        self.work("refresh", None)
+
     def work(self, what: str, result: Any) -> Any:
         assert self.diary.server == set()
-        assert self.diary.loaded == {"policy", "critic"}
+        assert self.diary.loaded == self.diary.models
         self.diary.entries.append(f"{what} {self.name}")
         return result
 
 
 def test_trainer_and_servers_take_turns() -> None:
-    diary = Diary()
+    diary = Diary("policy", "critic")
     models = Model("policy", diary), Model("critic", diary)
     turns = Turns(diary, models)
     fleet = ColocatedFleet(diary, turns)
@@ -99,10 +102,22 @@ def test_trainer_and_servers_take_turns() -> None:
 
 
 def test_an_export_after_the_last_update_brings_the_trainer_back() -> None:
-    diary = Diary()
+    diary = Diary("policy", "critic")
     models = Model("policy", diary), Model("critic", diary)
     turns = Turns(diary, models)
     policy = ColocatedPolicy(models[0], turns)
     ColocatedFleet(diary, turns).update_weights(policy.hf_weights(), 0)
     policy.hf_weights()
     assert diary.entries[-4:] == ["sleep", "reload policy", "reload critic", "export policy"]
+
+
+def test_a_reference_finds_the_policy_when_it_follows_it() -> None:
+    """The loop refreshes the reference before anything else is asked of the trainer."""
+    diary = Diary("policy", "critic", "reference")
+    models = [Model(name, diary) for name in ("policy", "critic", "reference")]
+    turns = Turns(diary, models)
+    policy, reference = ColocatedPolicy(models[0], turns), ColocatedReference(models[2], turns)
+    ColocatedFleet(diary, turns).update_weights(policy.hf_weights(), 3)
+    reference.refresh(3)
+    reference.infer([])
+    assert diary.entries[-5:] == [*(f"reload {model.name}" for model in models), "refresh reference", "infer reference"]

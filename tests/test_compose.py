@@ -170,6 +170,23 @@ def test_the_entropy_bonus_is_taken_from_the_loss() -> None:
     assert difference == pytest.approx(-0.01 * mean_entropy, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("ppo", "kl", "needed"),
+    [
+        ({}, {}, False),
+        ({"entropy_coefficient": 0.01}, {"coefficient": 0.1, "place": "loss"}, False),
+        ({}, {"coefficient": 0.1, "place": "reward"}, True),
+        ({}, {"coefficient": 0.0, "place": "reward"}, False),
+        ({"importance_cap": 2.0}, {}, True),
+        ({"num_policy_updates": 2}, {}, True),
+    ],
+)
+def test_the_old_policy_is_asked_where_more_than_its_only_update_needs_it(
+    ppo: dict[str, Any], kl: dict[str, Any], needed: bool
+) -> None:
+    assert compose(config(ppo, kl | {"reference": Path("model")})).needs_old_log_probs == needed
+
+
 def test_a_reference_is_watched_wherever_its_penalty_is() -> None:
     for place in ("loss", "reward"):
         kl = {"coefficient": 0.1, "reference": Path("model"), "place": place}

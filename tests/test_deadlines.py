@@ -42,6 +42,10 @@ def endless_waits(path: str, source: str) -> Iterator[str]:
             entered = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
             if any(called(call) == "FileLock" and not is_given(call, "timeout") for call in entered):
                 yield f"line {node.lineno}: a lock is waited for without a timeout"
+        if isinstance(node, ast.AsyncWith):
+            entered = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+            if any(called(call) == "asyncio.timeout" for call in entered):
+                bounded_here |= {inner for statement in node.body for inner in ast.walk(statement)}
         if not isinstance(node, ast.Call):
             continue
         name = called(node)
@@ -87,3 +91,6 @@ def test_an_endless_wait_is_found(source: str) -> None:
 def test_harmless_namesakes_pass() -> None:
     source = "', '.join(names)\nvalues.get(key)\nprocess.wait(5)\nsubprocess.run(['ls'], timeout=5)"
     assert list(endless_waits("megatron_orz/some.py", source)) == []
+    within = "async def f():\n    async with asyncio.timeout(5):\n        await event.wait()"
+    assert list(endless_waits("megatron_orz/some.py", within)) == []
+    assert list(endless_waits("megatron_orz/some.py", within.replace("timeout(5)", "Lock()")))

@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,18 @@ def test_memory_and_packs_are_those_counted_by_hand() -> None:
     assert planned.models["reference"].resident == pytest.approx(num_parameters(architecture) / 4 * 2, rel=1e-3)
     assert planned.models["reference"].activations == 0
     assert planned.training == sum(m.resident for m in planned.models.values()) + planned.activations
-    assert "1,256 packs of 16,384 on a rank" in planned.describe(recipe)  # 8192 * 10047 / 16384 / 4, rounded up
+    # A pack holds one sequence of 10047 tokens, and each of 4 ranks has a quarter of 8192.
+    said = planned.describe(recipe)
+    assert "at most 82,305,024; if all were as long, a rank would have 2,048 packs of 16,384\n" in said
+
+
+def test_the_copies_of_a_delta_are_counted() -> None:
+    """7.616 B parameters of two bytes are 14.2 GiB."""
+    recipe, architecture = recipe_of("orz_7b"), read_architecture(PUBLISHED / "Qwen2.5-7B")
+    assert "host memory" not in plan(recipe, {"policy": architecture}, 16).describe(recipe)
+    changed = replace(recipe, fleet=replace(recipe.fleet, delta=True, transport="gloo"))
+    line = "host memory of fleet.delta: 14.2 GiB on every rank that sends weights, and in every worker of"
+    assert line in plan(changed, {"policy": architecture}, 16).describe(changed)
 
 
 def test_a_layout_that_does_not_fit_the_recipe_is_refused() -> None:

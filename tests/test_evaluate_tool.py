@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_orz.data.synthetic import build_tokenizer
+from megatron_orz.rewards.grading import ResponseGrader
+from megatron_orz.types import Rollout
 from tests.rollout.conftest import tiny_model
 
 TOOL = Path(__file__).parent.parent / "tools" / "evaluate.py"
@@ -62,9 +64,13 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_run_resume_show_and_compare(files: Path, tool: Tool) -> None:
+def test_run_resume_show_and_compare(files: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[Rollout] = []
+    begin = ResponseGrader.begin
+    monkeypatch.setattr(ResponseGrader, "begin", lambda self, rollouts: (begun.extend(rollouts), begin(self, rollouts)))
     run = ["run", "--model", "run", "--data", "sums.jsonl", "aime2024.json", *SMALL]
     output, errors = tool(*run, "--output", "a")
+    assert len(begun) == 7 * 2, "grading begins with the first answer"
     assert "sums.jsonl: line 4: malformed JSON" in errors
     assert "avg@2" in output
     assert "ORZ-32B" in output

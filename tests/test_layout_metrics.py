@@ -177,7 +177,7 @@ def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tupl
 
 @pytest.mark.parametrize(
     "parallel",
-    [ParallelConfig(timeout_s=60), ParallelConfig(tp=2, timeout_s=60), ParallelConfig(pp=2, timeout_s=60)],
+    [ParallelConfig(timeout_s=300), ParallelConfig(tp=2, timeout_s=300), ParallelConfig(pp=2, timeout_s=300)],
     ids=["dp2", "tp2", "pp2"],
 )
 def test_two_ranks_report_the_metrics_of_one(

@@ -34,6 +34,11 @@ def rollout(num_prompt: int, num_response: int) -> Rollout:
 
 @pytest.fixture
 def meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PerformanceMeter:
+    """Of two trainer ranks beside three servers."""
+    return meter_of(FleetConfig(kind="vllm", num_servers=3), tmp_path, monkeypatch)
+
+
+def meter_of(fleet: FleetConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PerformanceMeter:
     monkeypatch.setattr(performance, "peak_flops", lambda device, dtype: PeakFlops(rate=PEAK, source="nominal"))
     work = Work(
         folder=tmp_path,
@@ -45,7 +50,6 @@ def meter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PerformanceMeter:
         trl_rows=2,
     )
     tiny.config_of("llama").save_pretrained(work.model)
-    fleet = FleetConfig(kind="vllm", num_servers=3)
     config = our_config(work, critic=True, fleet=fleet)
     return PerformanceMeter(config, needs_old_log_probs=True, world_size=2, device=torch.device("cpu"))
 
@@ -66,7 +70,7 @@ def test_rates_are_tokens_and_operations_by_the_seconds_of_their_phase(
     architecture = read_architecture(tmp_path / "model")
     policy = model_flops(architecture, [6, 4], num_head_tokens=6)
     critic = model_flops(architecture, [6, 4], num_head_tokens=6, value_head=True)
-    done = policy.forward + policy.forward + critic.forward + policy.training
+    done = policy.forward + critic.forward + policy.training  # the servers generate
     assert metrics == pytest.approx(
         {
             "perf/step_s": 8.0,  # 10 s, 2 of them evaluation
@@ -81,6 +85,28 @@ def test_rates_are_tokens_and_operations_by_the_seconds_of_their_phase(
             "perf/policy_mfu": policy.training / 4 / (2 * PEAK),
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("fleet", "is_theirs"),
+    [
+        (FleetConfig(kind="local"), True),
+        (FleetConfig(kind="vllm", num_servers=2, colocated=True), True),
+        (FleetConfig(kind="vllm", num_servers=2), False),
+    ],
+    ids=["local", "colocated", "separate"],
+)
+def test_the_trainers_gpus_do_the_operations_of_generation_where_it_is_theirs(
+    fleet: FleetConfig, is_theirs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = meter_of(fleet, tmp_path, monkeypatch)
+    monkeypatch.setattr(performance.time, "perf_counter", lambda: 10.0)
+    meter.on_span("generate", 0.0, 4.0)
+    meter.observing(lambda step, rollouts: {})(0, [rollout(3, 4)])
+    meter.on_span("policy", 4.0, 8.0)
+    policy = model_flops(read_architecture(tmp_path / "model"), [6], num_head_tokens=4)
+    done = policy.training + is_theirs * policy.forward
+    assert meter.metrics()["perf/mfu"] == pytest.approx(done / 10 / (2 * PEAK))
 
 
 def test_an_update_that_finds_the_log_probabilities_leaves_the_critic_alone_to_infer(

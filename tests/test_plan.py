@@ -78,6 +78,15 @@ def test_what_cannot_fit_is_said(model: Path) -> None:
     assert "error: no layout fits 80 GiB; the smallest, dp 1, recompute full, needs" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"packs_per_rank": 0}, "packs_per_rank 0 is not at least 1"), ({"gpu_gib": 0.0}, "gpu_gib 0 is not positive")],
+)
+def test_bad_arguments_are_named(changes: dict[str, float], message: str, model: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        Arguments(model=model, gpus=8, **changes)  # type: ignore[arg-type]
+
+
 def test_the_page_shows_the_plan_of_the_colocated_recipe_and_its_sums(model: Path, architecture: Architecture) -> None:
     """Each figure of the page is that of the plan, and all moments fit on a GPU of 80 GB."""
     page = (Path(__file__).parent.parent / "docs" / "benchmark.md").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,13 +18,14 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_orz import ppo
-from megatron_orz.algorithms.algorithm import Absent
+from megatron_orz.algorithms.algorithm import Absent, Algorithm
 from megatron_orz.compose import compose
 from megatron_orz.config import (
     Config,
     CriticConfig,
     DataConfig,
     EvaluationConfig,
+    KLConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
@@ -39,6 +41,7 @@ from tests.bigram import (
     MAX_RESPONSE_TOKENS,
     PROMPTS,
     STOP,
+    VOCAB_SIZE,
     BigramPolicy,
     GoalGrader,
     Run,
@@ -75,8 +78,24 @@ class Interrupted(Exception):
     """Stands for whatever ends a run between two steps."""
 
 
-def train(config: Config, fleet: type[TableFleet] = TableFleet, *, interrupt_at: int | None = None) -> Run:
-    """interrupt_at: steps after which the run ends and goes on."""
+class UniformReference:
+    """Every token is as likely as any other."""
+
+    def infer(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        return [torch.full((len(batch.tokens),), -math.log(VOCAB_SIZE)) for batch in batches]
+
+    def refresh(self, step: int) -> None:
+        pass
+
+
+def train(
+    config: Config,
+    fleet: type[TableFleet] = TableFleet,
+    *,
+    algorithm: Algorithm | None = None,
+    interrupt_at: int | None = None,
+) -> Run:
+    """interrupt_at: steps after which the run ends and goes on. algorithm: by default that of the config."""
     run = Run()
     server = fleet(run)
 
@@ -97,10 +116,10 @@ def train(config: Config, fleet: type[TableFleet] = TableFleet, *, interrupt_at:
         go = partial(
             ppo.run,
             config,
-            algorithm=compose(config),
+            algorithm=algorithm or compose(config),
             policy=BigramPolicy(run),
             critic=TableCritic(run) if config.ppo.uses_critic else Absent(),
-            reference=Absent(),
+            reference=UniformReference() if config.kl.coefficient > 0 else Absent(),
             fleet=server,
             grader=GoalGrader(),
             prompts=PromptStream(PROMPTS, seed=config.seed),
@@ -239,6 +258,19 @@ def test_without_a_critic_the_reward_rises_and_nothing_is_said_of_one(
     assert fmean(run.column("reward/mean")[-5:]) > 0.95
     assert run.contents("critic") == []
     assert not [name for row in run.rows for name in row if "critic" in name]
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_an_only_update_finds_what_it_would_be_told(tmp_path: Path, coefficient: float) -> None:
+    recipe = replace(config(tmp_path), kl=KLConfig(coefficient=coefficient, reference=Path("none")))
+    algorithm = compose(recipe)
+    assert algorithm.is_on_policy(1)
+    told = train(replace(recipe, run_dir=tmp_path / "told"), algorithm=replace(algorithm, needs_old_log_probs=True))
+    found = train(replace(recipe, run_dir=tmp_path / "found"), algorithm=algorithm)
+    assert found.contents("generate") == told.contents("generate")
+    for metric in ("policy/loss", "policy/ratio", "log_prob_mismatch/max"):
+        assert found.column(metric) == told.column(metric)
+    assert (found.column("policy/reference_kl") == told.column("policy/reference_kl") != []) == (coefficient > 0)
 
 
 def test_a_critic_that_warms_up_learns_alone(tmp_path: Path) -> None:

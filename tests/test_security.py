@@ -160,7 +160,7 @@ def test_trainer_ranks_on_one_machine_listen_on_loopback_alone(world_size: int) 
     names = ("WORLD_SIZE", "RANK", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     environment = {name: value for name, value in os.environ.items() if name not in names} | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", LISTENERS, str(world_size), str(free_port())]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     listening = json.loads(done.stdout)
     assert len(listening) >= world_size  # gloo's own sockets, and the store's

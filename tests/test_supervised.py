@@ -160,29 +160,29 @@ def test_the_next_run_starts_from_what_this_one_exports(config: SupervisedConfig
 
 
 def gradients_of_layout(parallel: dict[str, Any], path: Path, output: Path) -> None:
-    """What one rank does: the first update on two packs a rank, and the held-out loss; rank 0 writes the results."""
+    """What one rank does: the first update on several packs, and the held-out loss; rank 0 writes the results."""
     from megatron_orz.algorithms.losses import next_token_loss
     from megatron_orz.config import ParallelConfig
     from megatron_orz.engine.megatron_engine import PolicyEngine
     from megatron_orz.engine.parallel import open_mesh
     from megatron_orz.supervised import cross_entropy as held_out_loss
 
-    with open_mesh(ParallelConfig(timeout_s=60, **parallel), seed=0) as mesh:
+    with open_mesh(ParallelConfig(timeout_s=300, **parallel), seed=0) as mesh:
         policy = PolicyEngine(ModelConfig(path=path, optimizer=OptimizerConfig(lr=1e-3)), mesh)
 
-        def packs(turns: list[tuple[str, str]], min_packs: int) -> Any:
+        def packs(turns: list[tuple[str, str]]) -> Any:
             return pack_demonstrations(
                 [demonstration(turn) for turn in turns],
-                max_pack_tokens=400,
+                max_pack_tokens=100,
                 dp_size=mesh.dp_size,
                 dp_rank=mesh.dp_rank,
-                min_packs=min_packs,
                 pad_multiple=mesh.pack_multiple,
             )
 
-        held_out = held_out_loss(policy, packs(HELD_OUT, 1), mesh)
+        held_out = held_out_loss(policy, packs(HELD_OUT), mesh)
         gradients = keep_first_gradients(policy)
-        metrics = policy.step(packs(TURNS, 2), next_token_loss)
+        assert len(packs(TURNS)) > 1
+        metrics = policy.step(packs(TURNS), next_token_loss)
         if mesh.rank == 0:
             torch.save({"gradients": gradients, "loss": metrics["policy/loss"], "held_out": held_out}, output)
 

@@ -37,6 +37,8 @@ def test_a_resumed_run_goes_on_with_its_timeline(tmp_path: Path) -> None:
     for start in (10.0, 20.0):
         with Timeline(path) as timeline:
             timeline.on_trainer("sync", start, start + 1)
+        with path.open("a") as file:
+            file.write('{"ph": "X", "na')  # a machine that went down
     assert read_spans(path) == [("trainer", "sync", 0.0, 1.0), ("trainer", "sync", 10.0, 1.0)]
 
 

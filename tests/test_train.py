@@ -61,15 +61,19 @@ pytestmark = pytest.mark.usefixtures("own_place")
         ),
         (
             "--ppo.num-critic-updates 9",
-            r"8 rollouts a step cannot be split into 9 mini-batches; raise ppo\.num_prompts or lower .*",
+            r"8 rollouts a step cannot be split into 9 mini-batches; raise ppo\.num_prompts, or lower .*",
         ),
         ("--ppo.num-steps 0", r"ppo\.num_steps 0 is not at least 1"),
-        ("--checkpoint.keep 0", r"checkpoint\.keep 0 < 1; set checkpoint\.interval 0 to save none"),
+        ("--checkpoint.keep 0", r"checkpoint\.keep 0 is not at least 1; set checkpoint\.interval to 0 to save none"),
         (
             "--checkpoint.keep-every 15",
             r"checkpoint\.keep_every 15 is not a multiple of .*interval 10, .*; make it one",
         ),
         ("--policy.optimizer.lr 0", r"lr 0\.0 is not positive"),
+        ("--policy.optimizer.eps 0", r"eps 0\.0 is not positive"),
+        ("--critic.optimizer.weight-decay -0.1", r"weight_decay -0\.1 is negative; 0 turns it off"),
+        ("--evaluation.max-prompts 0", r"evaluation\.max_prompts 0 is not at least 1; leave it out for all prompts"),
+        ("--seed -1", r"seed -1 is negative; set it to 0 or more"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(

@@ -19,7 +19,7 @@ from megatron_orz.command_line import plain_errors, run_command
 from megatron_orz.config import DType
 from megatron_orz.conversion.convert import Conversion, plan_hf_to_megatron, plan_megatron_to_hf
 from megatron_orz.conversion.inspection import list_tensors
-from megatron_orz.conversion.safetensors_file import TORCH_DTYPES
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,17 +84,14 @@ class Inspect:
 
 def main() -> None:
     with plain_errors():
-        try:
-            code = run_command(
-                {
-                    "hf-to-megatron": (HFToMegatron, hf_to_megatron),
-                    "megatron-to-hf": (MegatronToHF, megatron_to_hf),
-                    "verify": (Verify, verify),
-                    "inspect": (Inspect, inspect),
-                }
-            )
-        except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on from here")
+        code = run_command(
+            {
+                "hf-to-megatron": (HFToMegatron, hf_to_megatron),
+                "megatron-to-hf": (MegatronToHF, megatron_to_hf),
+                "verify": (Verify, verify),
+                "inspect": (Inspect, inspect),
+            }
+        )
         sys.exit(code)
 
 
@@ -112,10 +109,14 @@ def torch_dtype(name: DType | None) -> torch.dtype | None:
 
 
 def convert(conversion: Conversion) -> int:
-    with terminal.progress(in_bytes=True) as progress:
-        task = progress.add_task(f"writing {conversion.target.name}", total=conversion.num_bytes)
-        is_new = conversion.run(lambda num_bytes: progress.advance(task, num_bytes))
-        progress.update(task, completed=conversion.num_bytes)
+    try:
+        with terminal.progress(in_bytes=True) as progress:
+            task = progress.add_task(f"writing {conversion.target.name}", total=conversion.num_bytes)
+            is_new = conversion.run(lambda num_bytes: progress.advance(task, num_bytes))
+            progress.update(task, completed=conversion.num_bytes)
+    except KeyboardInterrupt:
+        print("the same command goes on from here", file=sys.stderr)
+        raise
     print(conversion.target if is_new else f"{conversion.target} is complete already")
     return 0
 

@@ -221,8 +221,10 @@ def open_sampler(command: Run) -> Iterator[Sampler]:
     with (
         open_fleet(command.fleet, command.sampling, model, run_dir=command.output) as fleet,
         AnswerVerifier(timeout_s=verifier.timeout_s, num_workers=verifier.num_workers) as graders,
+        contextlib.closing(ResponseGrader(graders, tokenizer, Ranks(), num_threads=verifier.num_workers)) as grader,
     ):
-        yield fleet_sampler(difficulty, tokenizer, fleet, ResponseGrader(graders, tokenizer, Ranks()))
+        fleet.listen(grader.begin)
+        yield fleet_sampler(difficulty, tokenizer, fleet, grader)
 
 
 def model_identity(path: Path) -> dict[str, Any]:

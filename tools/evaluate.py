@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -25,12 +25,11 @@ from megatron_orz.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_orz.evaluation.compare import compare
 from megatron_orz.evaluation.grade_file import grade_file
 from megatron_orz.evaluation.records import (
-    RUN_FILE,
     SCORES_FILE,
     ItemRecord,
     RecordFile,
     claim,
-    read_json,
+    read_identity,
     read_records,
 )
 from megatron_orz.evaluation.report import (
@@ -44,7 +43,10 @@ from megatron_orz.evaluation.report import (
 from megatron_orz.evaluation.run import Generate, answer_items
 from megatron_orz.evaluation.summary import Summary, summarise
 from megatron_orz.json_file import write_json
+from megatron_orz.ranks import Ranks
+from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
+from megatron_orz.types import OnAnswer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,11 +172,14 @@ def run(command: Run) -> None:
     benchmarks = [load(command, file, tokenizer) for file in command.data]
     for benchmark in benchmarks:
         report_faults(f"{benchmark}", benchmark.dropped)
-    with open_generation(command, path) as (generate, weights):
-        claim(command.output, identity(command, weights))
-        summaries = []
+    summaries = []
+    with (
+        AnswerVerifier(timeout_s=command.reward.timeout_s, num_workers=command.reward.num_workers) as verifier,
+        closing(ResponseGrader(verifier, tokenizer, Ranks(), num_threads=command.reward.num_workers)) as grader,
+        open_generation(command, path, on_answer=grader.begin) as generate,
+    ):
         for benchmark in benchmarks:
-            records = answer(command, benchmark, generate, tokenizer)
+            records = answer(command, benchmark, generate, grader, verifier, tokenizer)
             summaries.append(summarise(benchmark.name, records))
     scores = {
         benchmark.name: {**asdict(summary), "dropped": benchmark.dropped}
@@ -200,17 +205,19 @@ def load(command: Run, file: Path, tokenizer: PreTrainedTokenizerBase) -> Benchm
 
 
 def answer(
-    command: Run, benchmark: Benchmark, generate: Generate, tokenizer: PreTrainedTokenizerBase
+    command: Run,
+    benchmark: Benchmark,
+    generate: Generate,
+    grader: ResponseGrader,
+    verifier: AnswerVerifier,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[ItemRecord]:
-    with (
-        RecordFile(command.output / f"{benchmark.name}.jsonl") as records,
-        AnswerVerifier(timeout_s=command.reward.timeout_s, num_workers=command.reward.num_workers) as verifier,
-        terminal.progress() as progress,
-    ):
+    with RecordFile(command.output / f"{benchmark.name}.jsonl") as records, terminal.progress() as progress:
         task = progress.add_task(benchmark.name, total=len(benchmark.items) * command.num_responses)
         return answer_items(
             benchmark,
             generate,
+            grader,
             verifier,
             tokenizer.decode,
             records,
@@ -221,22 +228,27 @@ def answer(
 
 
 @contextmanager
-def open_generation(command: Run, path: Path) -> Iterator[tuple[Generate, str]]:
-    """What asks the model, and a text that says which weights answer."""
+def open_generation(command: Run, path: Path, *, on_answer: OnAnswer) -> Iterator[Generate]:
+    """What asks the model, once the output directory is known to be that of these weights.
+
+    on_answer: called by a fleet as its answers come; those of --server are graded when all of them are there.
+    """
     if command.server is not None:
         from megatron_orz.rollout.live import LiveServer
 
         timeout_s = command.fleet.request_timeout_s
         with LiveServer(command.server, command.sampling, request_timeout_s=timeout_s) as server:
-            yield server.generate, f"{server.url}, version {server.weight_version()}"
+            claim(command.output, identity(command, f"{server.url}, version {server.weight_version()}"))
+            yield server.generate
         return
     from megatron_orz.rollout.fleet import open_fleet
 
+    claim(command.output, identity(command, fingerprint(path)))
     # The optimizer is a part of every ModelConfig; nothing is trained here.
     model = ModelConfig(path=path, dtype=command.dtype, optimizer=OptimizerConfig(lr=1.0))
-    command.output.mkdir(parents=True, exist_ok=True)
     with open_fleet(command.fleet, command.sampling, model, run_dir=command.output) as fleet:
-        yield fleet.generate, fingerprint(path)
+        fleet.listen(on_answer)
+        yield fleet.generate
 
 
 def model_directory(path: Path) -> Path:
@@ -299,7 +311,7 @@ def compare_runs(command: Compare) -> None:
 
 def read_run(directory: Path) -> dict[str, list[ItemRecord]]:
     """The records of a run's benchmarks, by name. Raises ValueError where there are none."""
-    names = [Path(file).stem for file in read_json(directory / RUN_FILE)["data"]]
+    names = [Path(file).stem for file in read_identity(directory)["data"]]
     files = {name: directory / f"{name}.jsonl" for name in names}
     records = {name: read_records(file) for name, file in files.items() if file.is_file()}
     records = {name: items for name, items in records.items() if items}

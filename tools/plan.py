@@ -61,6 +61,13 @@ class Arguments:
     kv_tokens: int = 262144
     """Tokens whose keys and values a colocated server shall hold at once."""
 
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node", "max_pack_tokens", "packs_per_rank", "server_tp", "kv_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
+        if not self.gpu_gib > 0:
+            raise ValueError(f"gpu_gib {self.gpu_gib:g} is not positive")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -127,7 +134,6 @@ def _plan(architecture: Architecture, parallel: ParallelConfig, recompute: Recom
         dtype=arguments.dtype,
         recompute=recompute,
     )
-
     idle = (parallel.pp - 1) / arguments.packs_per_rank
     cost = RECOMPUTE_COST[recompute] * (1 + idle)
     for name, doubling in COST_OF_DOUBLING.items():

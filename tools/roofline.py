@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ def draw(roofline: Roofline, picture: Path) -> None:
     xs = [low, ridge, high]
     axes.plot(xs, [roofline.roof(x) / 1e9 for x in xs], color="black", label="measured floors")
     names = sorted({name for work in roofline.works for name in work.seconds})
-    for name, marker in zip(names, MARKERS, strict=False):
+    for name, marker in zip(names, cycle(MARKERS), strict=False):
         points = [
             (work.intensity, work.flops / work.seconds[name] / 1e9) for work in roofline.works if name in work.seconds
         ]

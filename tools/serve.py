@@ -1,5 +1,6 @@
 """Runs a vLLM server as a training run would start it, for runs elsewhere that name it in `fleet.urls`.
 
+export ORZ_SERVER_TOKEN=...     # here and where the runs are: the server answers no one else
 python tools/serve.py path/to/model --port 8000 --max-model-tokens 4096
 python tools/serve.py path/to/model --host 10.0.0.7 --port 8000 --tp 2     # reachable by others: see below
 python examples/demo.py --fleet.urls http://127.0.0.1:8000
@@ -17,6 +18,7 @@ import tyro
 
 from megatron_orz.command_line import plain_errors, read_command
 from megatron_orz.config import DType, FleetConfig, ModelConfig, OptimizerConfig
+from megatron_orz.rollout.token import TOKEN_VARIABLE
 from megatron_orz.rollout.transports import SERVER_ARGUMENTS
 from megatron_orz.rollout.vllm_server import vllm_launch
 
@@ -44,6 +46,11 @@ def main() -> None:
     """Replaces this process by the server."""
     with plain_errors():
         arguments = read_command(Arguments)
+        if not os.environ.get(TOKEN_VARIABLE):
+            raise ValueError(
+                f"{TOKEN_VARIABLE} is not set, so that the server would answer no run; set it to the same secret in "
+                "the environment of the server and of its runs"
+            )
         fleet = FleetConfig(
             port=arguments.port,
             server_tp=arguments.tp,

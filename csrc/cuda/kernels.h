@@ -7,7 +7,7 @@
 //   - Work is queued on `stream`; nothing is allocated, copied to the host or synchronised. A failed launch is left for
 //     cudaGetLastError (C10_CUDA_KERNEL_LAUNCH_CHECK).
 //   - No sum uses atomics: results repeat bit for bit.
-//   - No rows, no tokens or no columns are allowed everywhere.
+//   - Any size may be 0.
 //   - `workspace` points to 16-byte aligned scratch memory of `<name>_workspace_bytes(...)` bytes, dead after the call.
 //
 // Letters: T packed tokens, B sequences, H hidden size, n rows and v columns of a block of logits.
@@ -23,7 +23,7 @@ namespace megatron_orz::cuda {
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Row statistics of a block of logits. logits: [n, v]; targets: [n]; stats: [n, 4] = (m, s, y, t), 16-byte aligned.
-// A row without a finite logit gives (-inf, 0, 0, t).
+// A row of nothing but -inf gives (-inf, 0, 0, t).
 void logits_stats(
     const float* logits, const int64_t* targets, int64_t vocab_start, float* stats, int64_t n, int64_t v, float scale,
     bool entropy, cudaStream_t stream);

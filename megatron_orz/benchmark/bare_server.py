@@ -7,20 +7,19 @@ import multiprocessing
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from threading import Lock
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
+from megatron_orz.closeable import Closeable
 from megatron_orz.rollout.digests import Block, as_matrix, digest
 from megatron_orz.rollout.receiving import Offer, Update, WeightReceiver
 
 _END_TIMEOUT_S = 30.0
 
 
-class BareServer:
-    """A process with one worker, and the client of it, which answers the requests of a weight update; a context
-    manager that ends the process.
+class BareServer(Closeable):
+    """A process with one worker, and its client, which answers the requests of a weight update. A context manager.
 
     verifies: take digests of what is received, so that a sender can compare them.
     device, dtype: where the weights go, and in which type they are asked for.
@@ -63,12 +62,8 @@ class BareServer:
             raise RuntimeError(answer["error"])
         return dict(answer)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Ends the process."""
         self.process.kill()
         self.process.join(_END_TIMEOUT_S)
         self._pipe.close()

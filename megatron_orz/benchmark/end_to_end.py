@@ -158,10 +158,12 @@ def measure(kind: LengthKind, arguments: Arguments, progress: Progress) -> Loop:
                     raise
                 missing[name] = str(error)
             progress.remove_task(task)
+    shortest, longest = min(work.response_lengths), work.max_response_tokens
+    spread = f"{shortest} to {longest} tokens, median {median(work.response_lengths):g}"
     return Loop(
         lengths=kind,
-        shape=f"{work.num_prompts} prompts x {work.num_responses} responses of {min(work.response_lengths)} to "
-        f"{work.max_response_tokens} tokens, median {median(work.response_lengths):g}",
+        shape=f"{work.num_prompts} prompts x {work.num_responses} responses of "
+        + (spread if shortest < longest else f"{longest} tokens"),
         num_rollouts=work.num_prompts * work.num_responses,
         num_response_tokens=work.num_response_tokens,
         num_warm_up=NUM_WARM_UP,
@@ -195,7 +197,7 @@ def in_process_of_its_own(contender: Contender, work: Work, timeout_s: float) ->
         future = pool.submit(_run_quietly, contender, work, log)
         try:
             return future.result(timeout_s)
-        except Exception as error:
+        except Exception as error:  # whatever it was, the process has to end, and its last words be shown
             for process in list((pool._processes or {}).values()):
                 process.terminate()
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""

@@ -35,7 +35,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()}, {torch.get_num_threads()} threads"
+    num_threads = torch.get_num_threads()
+    return f"{cpu_name()}, {num_threads} thread{'s' if num_threads > 1 else ''}"
 
 
 def slug(name: str) -> str:

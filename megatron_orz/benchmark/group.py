@@ -73,7 +73,7 @@ class Group:
     missing: Mapping[str, str] = field(default_factory=dict)
     """Implementations that cannot run here, and why."""
     floor: Callable[[], Mapping[str, Run]] = dict
-    """What the hardware cannot avoid; built only to be timed, because it holds memory."""
+    """What the hardware cannot avoid; built where it is timed, because it holds memory."""
     floor_counts: Mapping[str, int] = field(default_factory=dict)
     """How often the task does each."""
     limits: Mapping[str, float] = field(default_factory=dict)
@@ -94,7 +94,7 @@ def faster_than(other: str, factor: float) -> Target:
 def smaller_than(other: str, factor: float) -> Target:
     def ratio(findings: Findings) -> float | None:
         ours, theirs = findings.rows[OURS].extra_bytes, findings.rows.get(other, Finding()).extra_bytes
-        return ours / theirs if ours and theirs else None
+        return ours / theirs if ours is not None and theirs else None
 
     return Target(f"at most {1 / factor:g} of the memory of {other}", ratio, at_most=1 / factor)
 

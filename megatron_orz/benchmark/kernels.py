@@ -16,12 +16,15 @@ from megatron_orz import terminal
 from megatron_orz.benchmark import environment, gae, head, report, results, value
 from megatron_orz.benchmark.group import OURS, Finding, Findings, Group, Row
 from megatron_orz.benchmark.measure import Run, interleaved_times, peak_extra_bytes
+from megatron_orz.benchmark.options import check_positive
 
 Task = Literal["log-prob", "log-prob-gradient", "token-loss", "value-loss", "gae"]
 
 DEFAULT_SHAPES = {"cpu": ("smollm2",), "cuda": ("7b", "32b", "0.5b")}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
+MIN_TIMING_S = 0.5
+"""Without a number of repeats, the implementations of a task run at least so long in all."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Arguments:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of hidden states and weights; by default float32 on a CPU and bfloat16 on CUDA."""
     repeats: int | None = None
-    """Timed runs of each implementation; by default 5 on a CPU and 20 on CUDA."""
+    """Timed runs of each implementation; by default 5 on a CPU and 20 on CUDA, and more where they are short."""
     memory: bool = True
     """Also measure memory; on a CPU this starts a process for each implementation."""
     output: Path | None = None
@@ -55,10 +58,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but there is none; use --device cpu")
-        if self.repeats is not None and self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; at least 1 run must be timed")
-        if self.num_sequences < 1:
-            raise ValueError(f"num_sequences is {self.num_sequences}; give at least 1")
+        check_positive(self, "repeats", "num_sequences")
         for name in self.shape:
             parse_shape(name)
         if OURS in self.without:
@@ -133,7 +133,7 @@ def measure(group: Group, spec: Spec, arguments: Arguments, progress: Progress) 
         if is_good:
             good[name] = row
 
-    floor = group.floor()
+    floor = group.floor()  # before the first run of a row: one that does not fit beside it cannot be timed with it
     memory: dict[str, int] = {}
     for name in list(good):
         progress.update(where, description=f"{group.task}: memory of {name}")
@@ -147,14 +147,15 @@ def measure(group: Group, spec: Spec, arguments: Arguments, progress: Progress) 
             del good[name]
 
     runs: dict[str, Run] = {name: row.run for name, row in good.items()} | dict(floor)
-    num_runs, num_done = len(runs) * (repeats + 1), 0
+    num_done = 0
 
     def on_run() -> None:
         nonlocal num_done
         num_done += 1
-        progress.update(where, description=f"{group.task}: timing, run {num_done} of {num_runs}")
+        progress.update(where, description=f"{group.task}: timing, run {num_done}")
 
-    times = interleaved_times(runs, device, num_repeats=repeats, on_run=on_run)
+    min_s = MIN_TIMING_S if arguments.repeats is None else 0.0
+    times = interleaved_times(runs, device, num_repeats=repeats, min_s=min_s, on_run=on_run)
     progress.remove_task(where)
     for name, row in good.items():
         findings[name] = Finding(times[name], memory.get(name), findings[name].errors, row.note)

@@ -3,6 +3,7 @@
 import ctypes
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,17 +18,22 @@ def interleaved_times(
     device: torch.device,
     *,
     num_repeats: int,
+    min_s: float = 0.0,
     on_run: Run = lambda: None,
     is_warm: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of `num_repeats` runs of each function, after one run that does not count.
 
     The functions take turns, each round starting with another one, so that a machine that slows down for a while slows
-    all of them down. `on_run` is called after every run. is_warm: every function has run already; no run is left out.
+    all of them down. Rounds go on for at least `min_s`, so that short functions run more often. `on_run` is called
+    after each run. is_warm: every function has run already; no run is left out.
     """
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(int(is_warm), num_repeats + 1):
+    begin = time.perf_counter()
+    for turn in count(int(is_warm)):
+        if turn > num_repeats and time.perf_counter() - begin >= min_s:
+            break
         first = turn % len(names) if names else 0
         for name in names[first:] + names[:first]:
             seconds = _seconds(runs[name], device)

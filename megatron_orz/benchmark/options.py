@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 def check_positive(arguments: object, *names: str) -> None:
-    """Raises ValueError when one of these options is less than 1."""
+    """Raises ValueError when one of these options is given and less than 1."""
     for name in names:
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"{name} is {getattr(arguments, name)}; give at least 1")
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give at least 1")

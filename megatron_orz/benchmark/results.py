@@ -13,6 +13,7 @@ from rich.console import Console
 
 from megatron_orz.benchmark import environment
 from megatron_orz.benchmark.group import OURS
+from megatron_orz.whole_file import whole_file
 
 FOLDER = Path("bench", "results")
 
@@ -39,7 +40,8 @@ def write(path: Path | None, subject: str, results: Mapping[str, Any], device: t
     """Writes JSON, by default to bench/results/<device>-<subject>.json, and says where."""
     path = path or FOLDER / f"{environment.slug(environment.device_name(device))}-{subject}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1, default=str) + "\n")
+    with whole_file(path) as file:
+        file.write(json.dumps(results, indent=1, default=str).encode() + b"\n")
     console.print(f"{path} has the figures")
     return path
 

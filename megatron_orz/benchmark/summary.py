@@ -15,12 +15,14 @@ from megatron_orz.benchmark import results
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.results import Measured
 
+_FIRST = ("end-to-end", "train", "infer", "sync", "kernels")
+"""Subjects of files in the order of the table; others follow."""
 HEADER = ("hardware", "work", "ours", "baseline", "ratio", "command", "commit")
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Prints a Markdown table of what ours and the baselines that targets name took."""
+    """Prints a Markdown table of the time ours took, and the memory, beside the baselines and the fastest other."""
 
     files: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Files of figures; by default all of bench/results."""
@@ -30,7 +32,7 @@ def run(arguments: Arguments, console: Console | None = None) -> None:
     """Prints the table, unwrapped."""
     console = console or Console()
     lines = [_line(HEADER), _line(["---"] * len(HEADER))]
-    for path in arguments.files or sorted(results.FOLDER.glob("*.json")):
+    for path in arguments.files or sorted(results.FOLDER.glob("*.json"), key=_place):
         lines += rows(path)
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
 
@@ -48,7 +50,7 @@ def rows(path: Path) -> Iterator[str]:
             yield _line(
                 [
                     environment["device"],
-                    f"{task}: {shape}{ours.name.removeprefix(OURS)}",
+                    f"{task}, {shape}{ours.name.removeprefix(OURS)}",
                     _show(ours),
                     f"{baseline.name}: {_show(baseline)}",
                     f"{ratio:.2f}",
@@ -59,17 +61,17 @@ def rows(path: Path) -> Iterator[str]:
 
 
 def _pairs(of_name: dict[str, Measured]) -> Iterator[tuple[Measured, Measured]]:
-    """Ours with each implementation that a target compares its speed with, or without targets with the fastest other;
+    """Ours with each implementation that a target compares its speed with, and with the fastest other;
     what it does with more parts, beside it without them; the fastest transport with plain copies."""
     if OURS in of_name:
         ours = of_name[OURS]
-        for target in ours.targets:
-            match = re.search(r"times as fast as (.+)$", target["text"])
-            if match and match[1] in of_name:
-                yield ours, of_name[match[1]]
+        matches = (re.search(r"times as fast as (.+)$", target["text"]) for target in ours.targets)
+        shown = {match[1] for match in matches if match}
         others = [row for row in of_name.values() if not row.is_ours]
-        if others and not ours.targets:
-            yield ours, min(others, key=_median)
+        fastest = min(others, key=_median, default=None)
+        for other in others:
+            if other.name in shown or other is fastest:
+                yield ours, other
         for name, more in of_name.items():
             if name.startswith(f"{OURS}, with "):
                 yield more, ours
@@ -78,16 +80,22 @@ def _pairs(of_name: dict[str, Measured]) -> Iterator[tuple[Measured, Measured]]:
         yield min(transports, key=_median), of_name["memcpy"]
 
 
+def _place(path: Path) -> tuple[list[bool], str]:
+    return [f"-{subject}" not in path.stem for subject in _FIRST], path.stem
+
+
 def _median(row: Measured) -> float:
     return statistics.median(row.times_s)
 
 
 def _show(row: Measured) -> str:
-    for figure, unit in (("samples_per_s", "samples/s"), ("tokens_per_s", "tokens/s"), ("per_s", "/s")):
+    for figure in ("samples_per_s", "tokens_per_s", "responses_per_s"):
         if figure in row.figures:
-            return f"{row.figures[figure]:,.0f} {unit}"
+            return f"{row.figures[figure]:,.0f} {figure.replace('_per_', '/')}"
     milliseconds = 1e3 * _median(row)
-    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.3g} s"
+    time = f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1e3:.3g} s"
+    extra_bytes = row.figures.get("extra_bytes")
+    return f"{time}, {extra_bytes / 2**20:,.0f} MiB" if extra_bytes else time
 
 
 def _line(cells: list[str] | tuple[str, ...]) -> str:

@@ -18,16 +18,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from megatron_orz import terminal
-from megatron_orz.benchmark import environment, floors, results
+from megatron_orz.benchmark import environment, floors, results, workload
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.benchmark.measure import Run, interleaved_times
+from megatron_orz.benchmark.options import check_positive
+from megatron_orz.benchmark.workload import ModelName
 from megatron_orz.config import TransportKind
 from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport
-
-Model = Literal["smollm2", "0.5b", "1.5b", "7b"]
 
 MEMCPY, DISK, LOOPBACK = "memcpy", "disk write and read", "loopback TCP"
 DELTA_TRANSPORTS: tuple[TransportKind, ...] = ("gloo", "disk")
@@ -41,30 +42,11 @@ SHARE_OF_MEMCPY = 0.6
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A transformer with a gated MLP and tied embeddings."""
-
-    num_layers: int
-    hidden: int
-    ffn: int
-    kv: int
-    vocab: int
-
-
-SHAPES: dict[Model, Shape] = {
-    "smollm2": Shape(30, 576, 1536, 192, 49152),
-    "0.5b": Shape(24, 896, 4864, 128, 151936),
-    "1.5b": Shape(28, 1536, 8960, 256, 151936),
-    "7b": Shape(28, 3584, 18944, 512, 152064),
-}
-
-
-@dataclass(frozen=True)
 class Arguments:
     """Times whole weight updates into servers that receive and drop the weights: what remains of an update when the
     servers load at once. The trainer's half and the workers' half are those of a run."""
 
-    model: tuple[Model, ...] = ("smollm2",)
+    model: tuple[ModelName, ...] = ("smollm2",)
     """Whose weights are sent; random ones of the same shapes."""
     transport: tuple[TransportKind, ...] = ()
     """By default all that this machine has."""
@@ -88,10 +70,7 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but there is none; use --device cpu")
-        if self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; at least 1 update must be timed")
-        if self.num_servers < 1:
-            raise ValueError(f"num_servers is {self.num_servers}; give at least 1")
+        check_positive(self, "repeats", "num_servers")
         if "auto" in self.transport:
             raise ValueError("transport has auto, which is one of the others; name those to time")
         if self.delta and (self.dtype, self.wire_dtype) != ("float32", "bfloat16"):
@@ -110,25 +89,11 @@ class Arguments:
         return self.transport or ("ipc", *with_gpu, "gloo", "disk")
 
 
-def make_weights(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[tuple[str, Tensor]]:
-    """Random weights under Hugging Face names."""
-    s = shape
-    layer = {
-        "self_attn.q_proj": (s.hidden, s.hidden),
-        "self_attn.k_proj": (s.kv, s.hidden),
-        "self_attn.v_proj": (s.kv, s.hidden),
-        "self_attn.o_proj": (s.hidden, s.hidden),
-        "mlp.gate_proj": (s.ffn, s.hidden),
-        "mlp.up_proj": (s.ffn, s.hidden),
-        "mlp.down_proj": (s.hidden, s.ffn),
-        "input_layernorm": (s.hidden,),
-        "post_attention_layernorm": (s.hidden,),
-    }
-    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (s.vocab, s.hidden)}
-    for index in range(s.num_layers):
-        sizes |= {f"model.layers.{index}.{name}.weight": size for name, size in layer.items()}
-    sizes["model.norm.weight"] = (s.hidden,)
-    return [(name, SCALE * torch.randn(size, dtype=dtype, device=device)) for name, size in sizes.items()]
+def make_weights(model: ModelName, dtype: torch.dtype, device: torch.device) -> list[tuple[str, Tensor]]:
+    """Random weights under Hugging Face names; tied ones once."""
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(workload.model_config(model)).named_parameters()
+    return [(name, SCALE * torch.randn(weight.shape, dtype=dtype, device=device)) for name, weight in parameters]
 
 
 def run(arguments: Arguments, console: Console | None = None) -> Path:
@@ -144,7 +109,7 @@ def run(arguments: Arguments, console: Console | None = None) -> Path:
     with terminal.progress() as progress:
         for model in arguments.model:
             task = progress.add_task(f"{model}: starting the servers, then timing", total=None)
-            weights = make_weights(SHAPES[model], getattr(torch, arguments.dtype), device)
+            weights = make_weights(model, getattr(torch, arguments.dtype), device)
             times, sent_bytes = measure(weights, arguments)
             progress.remove_task(task)
             num_bytes = sum(weight.nbytes for _, weight in weights)

@@ -95,7 +95,8 @@ class Arguments:
                 f"device is {self.device}, but the trainer uses CUDA where and only where there is one; "
                 "set it to the other, or hide the GPUs with CUDA_VISIBLE_DEVICES="
             )
-        check_positive(self, "repeats", "num_sequences", "prompt_tokens", "max_response_tokens", "padded_rows")
+        sizes = ("num_sequences", "prompt_tokens", "max_response_tokens", "padded_rows")
+        check_positive(self, "repeats", "layers", "vocabulary", *sizes)
         longest = self.prompt_tokens + self.max_response_tokens
         if longest > self.max_pack_tokens:
             raise ValueError(

@@ -26,13 +26,11 @@ def run_trl(work: Work, optimizer: OptimizerConfig) -> StepTimes:
     model = AutoModelForCausalLM.from_pretrained(
         work.model, dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
-    num_rollouts = work.num_prompts * work.num_responses
-    num_micro_batches = max(1, num_rollouts // work.trl_rows)
     config = GRPOConfig(
         output_dir=str(work.folder / "trl"),
         max_steps=work.num_steps,
-        per_device_train_batch_size=num_rollouts // num_micro_batches,
-        gradient_accumulation_steps=num_micro_batches,
+        per_device_train_batch_size=work.trl_rows,
+        gradient_accumulation_steps=work.num_prompts * work.num_responses // work.trl_rows,
         num_generations=work.num_responses,
         max_completion_length=work.max_response_tokens,
         temperature=1.0,
@@ -43,6 +41,7 @@ def run_trl(work: Work, optimizer: OptimizerConfig) -> StepTimes:
         learning_rate=optimizer.lr,
         adam_beta1=optimizer.beta1,
         adam_beta2=optimizer.beta2,
+        adam_epsilon=optimizer.eps,
         weight_decay=optimizer.weight_decay,
         max_grad_norm=optimizer.clip_grad,
         optim="adamw_torch_fused",

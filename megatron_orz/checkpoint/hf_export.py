@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -101,6 +101,21 @@ def write_config(config_file: Path, dtype: torch.dtype, *, value_head: bool) -> 
     config_file.write_text(json.dumps(config, indent=2) + "\n")
 
 
+def shard_names(num_shards: int) -> list[str]:
+    """The files of a checkpoint's weights."""
+    if num_shards == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{num_shards:05d}.safetensors" for number in range(1, num_shards + 1)]
+
+
+def write_index(directory: Path, shards: Mapping[str, Sequence[str]], *, num_bytes: int) -> None:
+    """Tells which of several files holds which tensor. shards: names of tensors by file; num_bytes: of all tensors."""
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": weight_map}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
 def _with_score_bias(weights: NamedWeights) -> NamedWeights:
     """The value head of a critic has no bias; that of a token classifier has one, which is zero."""
     for name, tensor in weights:
@@ -129,13 +144,8 @@ def _write_shards(weights: NamedWeights, directory: Path) -> tuple[torch.dtype, 
         total_bytes += tensor.nbytes
         dtype = tensor.dtype
     flush()
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
+    files = shard_names(len(shards))
     for number, file in enumerate(files):
         (directory / f"{number}.safetensors").replace(directory / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(directory, dict(zip(files, shards, strict=True)), num_bytes=total_bytes)
     return dtype, [name for shard in shards for name in shard]

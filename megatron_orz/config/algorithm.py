@@ -171,7 +171,11 @@ class SamplingConfig:
     """A response ends after the first of these strings, which stays in it."""
 
     def __post_init__(self) -> None:
-        require(self.max_response_tokens >= 1, f"sampling.max_response_tokens {self.max_response_tokens} < 1")
+        require(
+            self.max_response_tokens >= 1,
+            f"sampling.max_response_tokens {self.max_response_tokens} is not at least 1",
+        )
         require(self.temperature > 0, f"sampling.temperature {self.temperature} is not positive")
         require(0 < self.top_p <= 1, f"sampling.top_p {self.top_p} is outside (0, 1]")
         require(self.top_k == -1 or self.top_k >= 1, f"sampling.top_k {self.top_k} is neither -1 nor positive")
+        require("" not in self.stop, f"sampling.stop {self.stop} holds an empty text; leave it out")

@@ -17,7 +17,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_numbers(section: Any, place: str = "") -> None:
-    """Raises ValueError for numbers that are none, and for deadlines that never come, in a section and those below."""
+    """Raises ValueError for what is not a finite number or a deadline that comes, in a section and those below."""
     for field_ in dataclasses.fields(section):
         name, value = f"{place}{field_.name}", getattr(section, field_.name)
         if dataclasses.is_dataclass(value):

@@ -27,10 +27,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.train) > 0, "data.train names no file; give at least one prompt file")
-        require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens {self.max_prompt_tokens} < 1")
+        require(self.max_prompt_tokens >= 1, f"data.max_prompt_tokens {self.max_prompt_tokens} is not at least 1")
         require(
             self.max_prompts is None or self.max_prompts >= 1,
-            f"data.max_prompts {self.max_prompts} < 1; leave it out for all prompts",
+            f"data.max_prompts {self.max_prompts} is not at least 1; leave it out for all prompts",
         )
 
 
@@ -45,7 +45,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         require(self.timeout_s > 0, f"reward.timeout_s {self.timeout_s} is not positive")
-        require(self.num_workers >= 1, f"reward.num_workers {self.num_workers} < 1")
+        require(self.num_workers >= 1, f"reward.num_workers {self.num_workers} is not at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,5 +62,9 @@ class EvaluationConfig:
     """Use only the first prompts of each file."""
 
     def __post_init__(self) -> None:
-        require(self.interval >= 1, f"evaluation.interval {self.interval} < 1")
-        require(self.num_responses >= 1, f"evaluation.num_responses {self.num_responses} < 1")
+        require(self.interval >= 1, f"evaluation.interval {self.interval} is not at least 1")
+        require(self.num_responses >= 1, f"evaluation.num_responses {self.num_responses} is not at least 1")
+        require(
+            self.max_prompts is None or self.max_prompts >= 1,
+            f"evaluation.max_prompts {self.max_prompts} is not at least 1; leave it out for all prompts",
+        )

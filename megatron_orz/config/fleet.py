@@ -87,8 +87,9 @@ class FleetConfig:
         ):
             require(getattr(self, name) >= 1, f"fleet.{name} {getattr(self, name)} is not at least 1")
         require(0 <= self.port <= 65535, f"fleet.port {self.port} is no port; 0 picks a free one")
-        require(self.max_running is None or self.max_running >= 1, f"fleet.max_running {self.max_running} < 1")
-        require(self.cpu_threads is None or self.cpu_threads >= 1, f"fleet.cpu_threads {self.cpu_threads} < 1")
+        for name in ("max_running", "cpu_threads"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"fleet.{name} {value} is not at least 1")
         require(0 < self.gpu_memory_share < 1, f"fleet.gpu_memory_share {self.gpu_memory_share} is outside (0, 1)")
         require(
             not self.urls or self.num_servers == 1,
@@ -143,6 +144,10 @@ class FleetConfig:
             not self.gpus or len(self.gpus) == self.num_servers * self.server_tp,
             f"fleet.gpus names {len(self.gpus)} GPUs, but {self.num_servers} servers of {self.server_tp} GPUs need "
             f"{self.num_servers * self.server_tp}; name as many, or none",
+        )
+        require(
+            min(self.gpus, default=0) >= 0 and len(set(self.gpus)) == len(self.gpus),
+            f"fleet.gpus {self.gpus} are not different numbers from 0 on; give each GPU to one server",
         )
 
     def of_node(self, num_nodes: int) -> FleetConfig:

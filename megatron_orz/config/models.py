@@ -52,6 +52,8 @@ class OptimizerConfig:
         )
         require(0 <= self.min_lr <= self.lr, f"min_lr {self.min_lr:g} is outside [0, lr], and lr is {self.lr:g}")
         require(self.clip_grad >= 0, f"clip_grad {self.clip_grad} is negative; 0 turns clipping off")
+        require(self.weight_decay >= 0, f"weight_decay {self.weight_decay} is negative; 0 turns it off")
+        require(self.eps > 0, f"eps {self.eps} is not positive")
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             require(0 <= beta < 1, f"{name} {beta} is outside [0, 1)")
 

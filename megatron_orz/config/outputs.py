@@ -30,7 +30,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         for name in ("interval", "keep_every", "export_interval"):
             require(getattr(self, name) >= 0, f"checkpoint.{name} {getattr(self, name)} is negative; 0 turns it off")
-        require(self.keep >= 1, f"checkpoint.keep {self.keep} < 1; set checkpoint.interval 0 to save none")
+        require(
+            self.keep >= 1, f"checkpoint.keep {self.keep} is not at least 1; set checkpoint.interval to 0 to save none"
+        )
         require(self.grace_s > 0, f"checkpoint.grace_s {self.grace_s} is not positive")
         require(
             self.keep_every == 0 or (self.interval > 0 and self.keep_every % self.interval == 0),

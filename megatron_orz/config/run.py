@@ -50,6 +50,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        require(self.seed >= 0, f"seed {self.seed} is negative; set it to 0 or more")
         require(
             not self.deterministic or self.fleet.kind == "local",
             f"deterministic needs fleet.kind local, not {self.fleet.kind}: what a server computes together depends on "
@@ -121,7 +122,7 @@ class Config:
         require(
             num_rollouts >= num_updates,
             f"{num_rollouts} rollouts a step cannot be split into {num_updates} mini-batches; "
-            "raise ppo.num_prompts or lower ppo.num_critic_updates",
+            "raise ppo.num_prompts, or lower ppo.num_critic_updates and ppo.num_policy_updates",
         )
         require(
             self.critic is not None or not self.ppo.uses_critic,

@@ -69,6 +69,7 @@ class SupervisedConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self)
+        require(self.seed >= 0, f"seed {self.seed} is negative; set it to 0 or more")
         require(self.num_epochs > 0, f"num_epochs {self.num_epochs} is not positive")
         require(self.num_conversations >= 1, f"num_conversations {self.num_conversations} is not at least 1")
         require(self.held_out_interval >= 1, f"held_out_interval {self.held_out_interval} is not at least 1")

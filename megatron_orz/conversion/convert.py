@@ -6,7 +6,6 @@ checked, and the sizes of all files, before a byte is written.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-from megatron_orz.checkpoint.hf_export import INDEX_FILE, MAX_SHARD_BYTES, copy_companions, write_config
+from megatron_orz.checkpoint.hf_export import (
+    MAX_SHARD_BYTES,
+    copy_companions,
+    shard_names,
+    write_config,
+    write_index,
+)
 from megatron_orz.conversion.resumable import Advance, OutputFile, write_directory
-from megatron_orz.conversion.safetensors_file import SafetensorsWriter
+from megatron_orz.conversion.safetensors_file import TYPE_NAMES, SafetensorsWriter
 from megatron_orz.conversion.torch_dist_file import StoredTensor, TorchDistWriter, write_metadata
 from megatron_orz.engine.architecture import Architecture, read_architecture
+from megatron_orz.engine.checkpoint_metadata import METADATA_FILE
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
 from megatron_orz.engine.torch_dist import TorchDistCheckpoint, checkpoint_key
 from megatron_orz.engine.weight_table import Entry, weight_table
@@ -88,7 +94,7 @@ def plan_hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None
             OutputFile(name=name, num_bytes=sum(map(num_bytes, entries)), write=writer(entries))
             for name, entries in groups.items()
         ],
-        identity=_identity("megatron", source, {file.name for file in checkpoint.files.values()}, dtype),
+        identity=_identity("megatron", {*checkpoint.files.values(), source / "config.json"}, dtype),
         finish=finish,
     )
 
@@ -107,9 +113,11 @@ def plan_megatron_to_hf(
     value_head = checkpoint.has_value_head
     table = [entry for entry in weight_table(architecture, value_head=value_head) if not entry.is_tied]
     checkpoint.check_names(table, architecture)
-    layouts = {
-        entry.megatron_name: _hf_layout(entry, dtype or checkpoint.dtype(entry, architecture)) for entry in table
-    }
+    dtypes = {entry.megatron_name: dtype or checkpoint.dtype(entry, architecture) for entry in table}
+    for name, kind in dtypes.items():
+        if kind not in TYPE_NAMES:
+            raise ValueError(f"{source}: {name} is stored as {kind}; name a --dtype to convert it to")
+    layouts = {entry.megatron_name: _hf_layout(entry, dtypes[entry.megatron_name]) for entry in table}
 
     def num_bytes(entry: Entry) -> int:
         return sum(math.prod(shape) * kind.itemsize for shape, kind in layouts[entry.megatron_name].values())
@@ -127,32 +135,27 @@ def plan_megatron_to_hf(
         return write
 
     groups = list(_group(table, num_bytes, MAX_SHARD_BYTES))
-    names = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        names = ["model.safetensors"]
+    shards = dict(zip(shard_names(len(groups)), groups, strict=True))
     files = [
         OutputFile(name=name, num_bytes=sum(map(num_bytes, entries)), write=writer(entries))
-        for name, entries in zip(names, groups, strict=True)
+        for name, entries in shards.items()
     ]
+
+    read = (source / name for name in (*checkpoint.files, METADATA_FILE))
 
     def finish(directory: Path, _: Mapping[str, Any]) -> None:
         copy_companions(companions, directory)
-        main_dtype = dtype or checkpoint.dtype(table[0], architecture)
-        write_config(directory / "config.json", main_dtype, value_head=value_head)
-        if len(groups) > 1:
-            weight_map = {
-                tensor: name
-                for name, entries in zip(names, groups, strict=True)
-                for entry in entries
-                for tensor in layouts[entry.megatron_name]
-            }
-            index = {"metadata": {"total_size": sum(file.num_bytes for file in files)}, "weight_map": weight_map}
-            (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        write_config(directory / "config.json", dtypes[table[0].megatron_name], value_head=value_head)
+        tensors = {
+            name: [tensor for entry in entries for tensor in layouts[entry.megatron_name]]
+            for name, entries in shards.items()
+        }
+        write_index(directory, tensors, num_bytes=sum(file.num_bytes for file in files))
 
     return Conversion(
         target=target,
         files=files,
-        identity=_identity("hf", source, {*checkpoint.files, ".metadata"}, dtype),
+        identity=_identity("hf", {*read, companions / "config.json"}, dtype),
         finish=finish,
     )
 
@@ -192,8 +195,9 @@ def _group(entries: Iterable[Entry], num_bytes: Callable[[Entry], int], limit: i
     yield group
 
 
-def _identity(kind: str, source: Path, files: Iterable[str], dtype: torch.dtype | None) -> dict[str, Any]:
-    stats = {name: (source / name).stat() for name in sorted({*files, "config.json"}) if (source / name).exists()}
+def _identity(kind: str, read: Iterable[Path], dtype: torch.dtype | None) -> dict[str, Any]:
+    """What is written, from which files as they are."""
+    stats = {file.name: file.stat() for file in sorted(read)}
     return {
         "form": kind,
         "dtype": str(dtype),

@@ -50,16 +50,16 @@ def write_directory(
     Raises ValueError when the target holds something else, another process is at it, or the disk is too small, and
     RuntimeError when writing fails; nothing is left of the output then.
     """
-    if target.exists():
-        if _journal(target).get("identity") == identity:
-            return False
-        raise ValueError(f"{target} exists and is not this output; remove it, or name another --output")
+    if _is_complete(target, identity):
+        return False
     unfinished = target.with_name(f".{target.name}.unfinished")
     lock = FileLock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with lock.acquire(timeout=0):
             try:
+                if _is_complete(target, identity):  # another process has finished it in between
+                    return False
                 _write(unfinished, files, identity, finish, advance)
                 unfinished.rename(target)
             finally:
@@ -72,6 +72,15 @@ def write_directory(
     except Exception:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    return True
+
+
+def _is_complete(target: Path, identity: Mapping[str, Any]) -> bool:
+    """Raises ValueError when the target holds something else."""
+    if not target.exists():
+        return False
+    if _journal(target).get("identity") != identity:
+        raise ValueError(f"{target} exists and is not this output; remove it, or name another --output")
     return True
 
 

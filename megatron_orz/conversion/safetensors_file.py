@@ -10,11 +10,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from megatron_orz.config import DType
 from megatron_orz.conversion.resumable import Advance
+from megatron_orz.engine.dtypes import SAFETENSORS_DTYPES
 
-TORCH_DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-TYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+TYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 BUFFER_BYTES = 16 * 2**20
 
 

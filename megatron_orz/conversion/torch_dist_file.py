@@ -27,6 +27,7 @@ from torch.utils.serialization import config as serialization_config
 
 from megatron_orz.conversion.resumable import Advance
 from megatron_orz.conversion.safetensors_file import write_all
+from megatron_orz.engine.checkpoint_metadata import METADATA_FILE
 from megatron_orz.engine.torch_dist import COMMON_FILE, CONTENT, FORMAT, FORMAT_FILE
 
 CHUNK_BYTES = 16 * 2**20
@@ -141,7 +142,7 @@ def write_metadata(
                 entry.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(stored.chunk_shape(rows))))
                 start, length = next(of_file)
                 storage[index] = _StorageInfo(relative_path=file, offset=start, length=length)
-    with open(directory / ".metadata", "wb") as stream:
+    with open(directory / METADATA_FILE, "wb") as stream:
         pickle.dump(Metadata(state_dict_metadata=dict(tensors), storage_data=storage), stream)
     torch.save({"content_metadata": CONTENT}, directory / COMMON_FILE)
     (directory / FORMAT_FILE).write_text(json.dumps(FORMAT) + "\n")

@@ -60,8 +60,13 @@ def code_text(question: str, starter_code: str, function: str | None) -> str:
     return f"{question}{start}\n\nWrite Python that {task}, as one ```python block inside the <answer> tags."
 
 
-def tests_text(tests: Any, function: str | None) -> str:
-    """The reference of a program, as JSON: `{"function": name or null, "tests": [{"input", "output"}, ...]}`."""
+def tests_text(tests: Any, function: Any) -> str:
+    """The reference of a program, as JSON: `{"function": name or null, "tests": [{"input", "output"}, ...]}`.
+
+    Raises ValueError for what is no name, or no tests.
+    """
+    if function is not None and not (isinstance(function, str) and function.isidentifier()):
+        raise ValueError(f"its function {str(function)[:40]!r} is no name")
     if not isinstance(tests, list) or not tests:
         raise ValueError("it has no tests")
     if not all(
@@ -106,22 +111,23 @@ def _read_choice(row: Row, option_seed: int) -> Fields:
 
 
 def _read_code(row: Row, option_seed: int) -> Fields:
-    function = row.get("function") or None
-    if function is not None and not (isinstance(function, str) and function.isidentifier()):
-        raise ValueError(f"its function {str(function)[:40]!r} is no name")
-    starter_code = row.get("starter_code") or ""
-    return code_text(_string(row, "question"), str(starter_code), function), tests_text(row["tests"], function), "code"
+    function, starter_code = row.get("function") or None, row.get("starter_code") or ""
+    reference = tests_text(row["tests"], function)
+    return code_text(_string(row, "question"), str(starter_code), function), reference, "code"
 
 
 def _read_live_code_bench(row: Row, option_seed: int) -> Fields:
-    tests = [*json.loads(row["public_test_cases"]), *json.loads(_private_tests(_string(row, "private_test_cases")))]
-    metadata = json.loads(row["metadata"] or "{}")
+    public = json.loads(_string(row, "public_test_cases"))
+    private = json.loads(_private_tests(_string(row, "private_test_cases")))
+    metadata = json.loads(_string(row, "metadata")) if row["metadata"] else {}
+    if not (isinstance(public, list) and isinstance(private, list) and isinstance(metadata, dict)):
+        raise ValueError("its tests are no lists, or its metadata is no object")
     return _read_code(
         {
             "question": row["question_content"],
             "starter_code": row["starter_code"],
             "function": metadata.get("func_name"),
-            "tests": tests,
+            "tests": [*public, *private],
         },
         option_seed,
     )

@@ -6,7 +6,7 @@ without talking to the others:
     1. rollouts -> ranks    longest first, each to the rank with the fewest tokens so far
     2. a rank's -> packs    best-fit decreasing within the token budget
     3. ranks <-> ranks      the same number of packs everywhere; where packs are to spare, the tokens of a
-                            rank are spread evenly, and a rank without enough sequences runs empty packs
+                            rank are spread evenly, and only a rank without enough sequences runs empty packs
 """
 
 from __future__ import annotations
@@ -78,7 +78,6 @@ def pack_demonstrations(
     max_pack_tokens: int,
     dp_size: int = 1,
     dp_rank: int = 0,
-    min_packs: int = 1,
     pad_multiple: int = 1,
     seed: int = 0,
 ) -> list[PackedBatch]:
@@ -91,7 +90,7 @@ def pack_demonstrations(
         )
         for demonstration in demonstrations
     ]
-    return _pack(examples, max_pack_tokens, dp_size, dp_rank, min_packs, pad_multiple, seed)
+    return _pack(examples, max_pack_tokens, dp_size, dp_rank, 1, pad_multiple, seed)
 
 
 def split(items: Sequence[Item], num_parts: int) -> list[list[Item]]:
@@ -162,7 +161,7 @@ def plan_packs(
     for rank, packs in zip(ranks, tightest, strict=True):
         even = _spread(rank, lengths, num_packs)
         fits = all(sum(lengths[index] for index in pack) <= max_pack_tokens for pack in even)
-        plan.append(even if fits else packs + [[] for _ in range(num_packs - len(packs))])
+        plan.append(even if fits else _divide(packs, num_packs))
     return _shuffle(plan, seed)
 
 
@@ -192,6 +191,14 @@ def _best_fit(indices: Iterable[int], lengths: Sequence[int], capacity: int) -> 
         packs[number].append(index)
         insort(rooms, (room - length, number))
     return packs
+
+
+def _divide(packs: Sequence[Pack], num_packs: int) -> list[Pack]:
+    """As many packs, of which those to spare get a sequence each from the packs that hold most of them."""
+    divided = [list(pack) for pack in packs]
+    while len(divided) < num_packs:
+        divided.append([max(divided, key=len).pop()])
+    return divided
 
 
 def _shuffle(plan: list[list[Pack]], seed: int) -> list[list[Pack]]:

@@ -42,7 +42,7 @@ class ArithmeticTask:
         if not 2 <= fewest <= most:
             raise ValueError(f"num_terms {self.num_terms} must be a range that starts at 2 or more")
         if self.max_term < 1:
-            raise ValueError(f"max_term {self.max_term} < 1")
+            raise ValueError(f"max_term {self.max_term} is not at least 1")
         for name in ("step_error", "format_error"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} {getattr(self, name)} is outside [0, 1]")

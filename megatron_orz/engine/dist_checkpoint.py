@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,15 @@ def load_torch_dist(
         # megatron-core lets the rows of this tensor differ: it would read a row of the language-model head.
         for state in states.values():
             state.pop("output_layer.weight", None)
-    fill(chunks, dist_checkpointing.load(states, str(path)), may_lack=["output_layer.weight"] if keeps_head else [])
+    fill(chunks, load_sharded(states, path), may_lack=["output_layer.weight"] if keeps_head else [])
+
+
+def load_sharded(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What a checkpoint holds for `state`. Collective. Its metadata must be harmless: see `checkpoint_metadata.py`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls PyTorch by an older name
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(path))
+    return loaded
 
 
 def fill(chunks: Sequence[HeadlessGPTModel], loaded: dict[str, Any], *, may_lack: Sequence[str] = ()) -> None:

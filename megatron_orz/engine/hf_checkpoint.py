@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.dtypes import SAFETENSORS_DTYPES
 from megatron_orz.engine.weight_table import weight_table
 from megatron_orz.json_file import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class HFCheckpoint:
@@ -79,12 +79,12 @@ class HFCheckpoint:
             raise ValueError(
                 f"{self.files[name]} holds no tensor {name}, but the index says so; copy the checkpoint again"
             ) from error
-        if header.get_dtype() not in DTYPES:
+        if header.get_dtype() not in SAFETENSORS_DTYPES:
             raise ValueError(
                 f"{self.path}: {name} is stored as {header.get_dtype()}; "
                 "save the checkpoint in float32, bfloat16 or float16"
             )
-        return tuple(header.get_shape()), DTYPES[header.get_dtype()]
+        return tuple(header.get_shape()), SAFETENSORS_DTYPES[header.get_dtype()]
 
     def _check(self, name: str, expected: tuple[int, ...]) -> torch.dtype:
         """The type of the tensor."""

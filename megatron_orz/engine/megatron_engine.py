@@ -164,13 +164,13 @@ class MegatronEngine(ABC, Generic[Output]):
 
     def hf_weights(self) -> RepeatableWeights:
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
-        self._check_loaded()
         self.finish_update()
         gather = partial(weights.hf_weights, self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
         return RepeatableWeights(gather, gather_first=partial(gather, everywhere=False))
 
     def finish_update(self) -> None:
         """Brings parameters that are still on their way from other ranks to this one. Collective."""
+        self._check_loaded()
         gather_parameters(self._replicas)
 
     def save_state(self, directory: Path, *, copy: bool) -> training_state.PendingSave:
@@ -178,8 +178,7 @@ class MegatronEngine(ABC, Generic[Output]):
 
         copy: in host memory of its own; else nothing may change before all is written.
         """
-        self._check_loaded()
-        gather_parameters(self._replicas)
+        self.finish_update()
         with platform.megatron_calls():
             state = training_state.sharded_state(self.chunks, self._optimizer)
             return training_state.save(state, directory, copy=copy)
@@ -207,7 +206,7 @@ class MegatronEngine(ABC, Generic[Output]):
 
         Their contents wait in (pinned) host memory. Nothing else may be called before `reload`.
         """
-        gather_parameters(self._replicas)
+        self.finish_update()
         tensors = chain.from_iterable(chain(chunk.parameters(), chunk.buffers()) for chunk in self.chunks)
         of_optimizer = self._optimizer.tensors() if self._optimizer else ()
         num_bytes = self._offload.release(keep=chain(tensors, of_optimizer), drop=gradient_buffers(self._replicas))
@@ -321,7 +320,12 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
 
     def _infer_tokens(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
         log_probs, _ = linear_log_prob(
-            hidden, self._output_weight, batch.targets, loss_mask=batch.loss_mask, entropy=False, **self._head_options
+            hidden,
+            self.model.output_weight,
+            batch.targets,
+            loss_mask=batch.loss_mask,
+            entropy=False,
+            **self._head_options,
         )
         return log_probs
 
@@ -333,17 +337,10 @@ class PolicyEngine(MegatronEngine[PolicyOutput]):
             return loss(output, batch.select(index)).per_token * weights[index]
 
         total, log_probs, entropy = linear_token_loss(
-            hidden, self._output_weight, batch.targets, loss_of, loss_mask=batch.loss_mask, **self._head_options
+            hidden, self.model.output_weight, batch.targets, loss_of, loss_mask=batch.loss_mask, **self._head_options
         )
         mask = batch.loss_mask
         return total, PolicyOutput(log_probs=log_probs[mask], entropy=entropy[mask])
-
-    @property
-    def _output_weight(self) -> Tensor:
-        """[V/tp, H], this rank's rows, in the padded vocabulary; on the last stage only."""
-        if self.architecture.tied_embeddings:
-            return self.model.shared_embedding_or_output_weight()
-        return self.model.output_layer.weight
 
 
 class CriticEngine(MegatronEngine[Tensor]):

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from megatron_orz.config import DType, ParallelConfig, Recompute
 from megatron_orz.engine.architecture import Architecture
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 from megatron_orz.engine.stages import layers_of_chunks, stage_of_layer
 from megatron_orz.engine.weight_table import Entry, Replicated, weight_table
+from megatron_orz.ops.token_loss import workspace_bytes
 
-BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2}
-LOGITS_BYTES = 2**30
-"""Most float32 logits that exist at once."""
+BYTES: dict[DType, int] = {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def model_memory(
         weights=num_parameters * BYTES[dtype],
         gradients=num_parameters * 4,
         optimizer=math.ceil(dense / same_dense * states) + math.ceil(in_experts / same_experts * states),
-        activations=_activations(architecture, parallel, stage, pack_tokens, BYTES[dtype], recompute, value_head),
+        activations=_activations(architecture, parallel, stage, pack_tokens, dtype, recompute, value_head),
     )
 
 
@@ -153,20 +153,20 @@ def _activations(
     parallel: ParallelConfig,
     stage: int,
     pack_tokens: int,
-    num_bytes: int,
+    dtype: DType,
     recompute: Recompute,
     value_head: bool,
 ) -> int:
-    tokens = math.ceil(pack_tokens / parallel.cp)
+    tokens, num_bytes = math.ceil(pack_tokens / parallel.cp), BYTES[dtype]
     chunks = layers_of_chunks(architecture.num_layers, parallel)[stage :: parallel.pp]
     num_layers = sum(map(len, chunks))
     in_layer = layer_activations(architecture, parallel, num_bytes=num_bytes)
     hidden = architecture.hidden_size / (parallel.tp if parallel.sequence_parallel else 1) * num_bytes
-    # Passes a stage has begun and not yet taken back: fewer on later stages, more with interleaving.
-    in_flight: float = parallel.pp - stage
+    # Passes of its chunks that a stage has begun and not yet taken back: those of the warm-up, and one more.
+    warm_up = parallel.pp - stage - 1
     if parallel.vpp > 1:
-        in_flight = 1 + (2 * (parallel.pp - stage - 1) + (parallel.vpp - 1) * parallel.pp) / parallel.vpp
-        in_flight = min(in_flight, 2 * parallel.pp)
+        warm_up = 2 * warm_up + (parallel.vpp - 1) * parallel.pp
+    in_flight = (warm_up + 1) / parallel.vpp
     if recompute == "full":
         layers = tokens * (in_flight * num_layers * hidden + in_layer)
     else:
@@ -175,8 +175,11 @@ def _activations(
     if stage == parallel.pp - 1:
         head = tokens * architecture.hidden_size * (num_bytes + 4)
         if not value_head:
-            rows = architecture.padded_vocab_size(parallel.tp) / parallel.tp
-            head += min(LOGITS_BYTES, 4 * rows * tokens) + 4 * rows * architecture.hidden_size
+            rows = architecture.padded_vocab_size(parallel.tp) // parallel.tp
+            head += workspace_bytes(tokens, rows, TORCH_DTYPES[dtype], "cuda")
+            if not (architecture.tied_embeddings and parallel.pp == 1):
+                # What Megatron's hook sees in place of the gradient; beside a tied weight it sees the embedding's.
+                head += rows * architecture.hidden_size * num_bytes
     return math.ceil(layers + head)
 
 

@@ -26,12 +26,11 @@ from torch import Tensor
 from megatron_orz.config import DType, Recompute, ValueHeadInit
 from megatron_orz.engine.architecture import Architecture
 from megatron_orz.engine.attention import PackedAttention
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 from megatron_orz.engine.parallel import Mesh
 from megatron_orz.engine.stages import layers_of_chunks
 from megatron_orz.ops.rms_norm import rms_norm
 from megatron_orz.ops.swiglu import swiglu
-
-DTYPES: dict[DType, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -79,6 +78,12 @@ class HeadlessGPTModel(GPTModel):
     `PackedAttention` turns queries and keys, by cosines and sines that are computed once a pack.
     """
 
+    @property
+    def output_weight(self) -> Tensor:
+        """[V/tp, H], this rank's rows, in the padded vocabulary; of a policy, on the last stage only."""
+        is_tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if is_tied else self.output_layer.weight
+
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         decoder_input, rotary_pos_emb, *rest = super()._preprocess(*args, **kwargs)
         # [longest, 1, 1, d], the angles of the pairs twice
@@ -95,7 +100,7 @@ def build_model(
     architecture: Architecture, mesh: Mesh, *, dtype: DType, recompute: Recompute, value_head: ValueHead | None
 ) -> list[HeadlessGPTModel]:
     """Builds this rank's model chunks, without weights: `weights.load` fills them."""
-    config = _transformer_config(architecture, mesh, DTYPES[dtype], recompute=recompute)
+    config = _transformer_config(architecture, mesh, TORCH_DTYPES[dtype], recompute=recompute)
     return [_build_chunk(architecture, mesh, config, index, value_head) for index in range(mesh.config.vpp)]
 
 

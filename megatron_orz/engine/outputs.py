@@ -12,8 +12,9 @@ from megatron_orz.config import DType, ParallelConfig
 from megatron_orz.engine import platform
 from megatron_orz.engine.architecture import read_architecture
 from megatron_orz.engine.attention import pack_layout
+from megatron_orz.engine.dtypes import TORCH_DTYPES
 from megatron_orz.engine.hf_checkpoint import HFCheckpoint
-from megatron_orz.engine.model import DTYPES, ValueHead, build_model
+from megatron_orz.engine.model import ValueHead, build_model
 from megatron_orz.engine.parallel import open_mesh
 from megatron_orz.engine.torch_dist import TorchDistCheckpoint, is_torch_dist
 from megatron_orz.engine.weights import load
@@ -22,7 +23,7 @@ from megatron_orz.engine.weights import load
 def transformers_outputs(path: Path, token_ids: list[int], dtype: DType) -> Tensor:
     """Logits [T, V], or values [T, 1] of a critic, by transformers from a Hugging Face checkpoint; float32."""
     auto = AutoModelForTokenClassification if HFCheckpoint(path).has_value_head else AutoModelForCausalLM
-    model = auto.from_pretrained(path, dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False).eval()
+    model = auto.from_pretrained(path, dtype=TORCH_DTYPES[dtype], local_files_only=True, trust_remote_code=False).eval()
     with torch.no_grad():
         return model(torch.tensor([token_ids])).logits[0].float()
 
@@ -42,10 +43,8 @@ def megatron_outputs(path: Path, token_ids: list[int], dtype: DType) -> Tensor:
             input_ids=torch.tensor([token_ids], device=mesh.device),
             position_ids=torch.arange(num_tokens, device=mesh.device)[None],
             attention_mask=None,
-            packed_seq_params=pack_layout(cu_seqlens, num_tokens, dtype=DTYPES[dtype]),
+            packed_seq_params=pack_layout(cu_seqlens, num_tokens, dtype=TORCH_DTYPES[dtype]),
         ).squeeze(1)
         if head is not None:
             return head(hidden)[:, None].cpu()
-        tied = architecture.tied_embeddings
-        weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-        return (hidden @ weight.t()).float().cpu()
+        return (hidden @ model.output_weight.t()).float().cpu()

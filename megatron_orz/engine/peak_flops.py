@@ -1,7 +1,7 @@
 """The rate a device multiplies matrices at: what MFU is a share of.
 
 Nominal rates are dense bfloat16 on tensor cores, without sparsity, from NVIDIA's data sheets (A100, 2021; H100, 2023;
-H200, 2024). The H800 is an H100 SXM with a slower NVLink. What is not listed, such as any CPU, is measured.
+H200, 2024). The H800 is an H100 with a slower NVLink. What is not listed, such as any CPU, is measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ NOMINAL_BF16: dict[str, float] = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H800 PCIe": 756e12,
     "H800": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
 }
 """FLOP/s by what a device's name holds; the first that fits."""

@@ -42,6 +42,7 @@ class ReferenceEngine(PolicyEngine):
     @torch.no_grad()
     def copy_weights(self, policy: PolicyEngine) -> None:
         """Becomes a copy of a policy of the same architecture and layout. Collective."""
+        self._check_loaded()
         policy.finish_update()
         for mine, its in zip(self.chunks, policy.chunks, strict=True):
             for name, parameter in its.named_parameters():

@@ -73,7 +73,7 @@ class TorchDistCheckpoint:
             (index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()
         }
         self.files = sorted({info.relative_path for info in self._storage.values()})
-        self._check_files()
+        self._check_storage()
 
     @property
     def has_value_head(self) -> bool:
@@ -174,7 +174,14 @@ class TorchDistCheckpoint:
             ) from error
         return tensor
 
-    def _check_files(self) -> None:
+    def _check_storage(self) -> None:
+        """Every chunk has a place, and every file is there as far as its chunks reach."""
+        for key, stored in self.tensors.items():
+            for chunk in stored.chunks:
+                if (key, tuple(chunk.offsets)) not in self._storage:
+                    raise ValueError(
+                        f"{self.path} does not say where {key} lies at {list(chunk.offsets)}; copy the checkpoint again"
+                    )
         ends: dict[str, int] = {}
         for info in self._storage.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)

@@ -14,7 +14,6 @@ loads.)
 from __future__ import annotations
 
 import queue
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -39,7 +38,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from megatron_orz.engine.checkpoint_metadata import read_metadata
-from megatron_orz.engine.dist_checkpoint import fill, sharded_states
+from megatron_orz.engine.dist_checkpoint import fill, load_sharded, sharded_states
 from megatron_orz.engine.model import HeadlessGPTModel
 from megatron_orz.engine.optimizer import Optimizer
 from megatron_orz.engine.torch_dist import CONTENT
@@ -227,10 +226,8 @@ def save(state: ShardedState, directory: Path, *, copy: bool) -> PendingSave:
 def load(chunks: Sequence[HeadlessGPTModel], optimizer: Optimizer | None, directory: Path) -> None:
     """Fills weights, moments and counters. Collective; the checkpoint may come from any layout."""
     state = sharded_state(chunks, optimizer)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # megatron-core calls PyTorch by an older name
-        read_metadata(directory)  # before megatron-core reads it as a pickle that may hold anything
-        loaded = dist_checkpointing.load(state, str(directory))  # the boxes of the optimizer are filled in place
+    read_metadata(directory)  # before megatron-core reads it as a pickle that may hold anything
+    loaded = load_sharded(state, directory)  # the boxes of the optimizer are filled in place
     fill(chunks, loaded)
     if optimizer is not None:
         optimizer.restore_counters(loaded[COUNTERS])

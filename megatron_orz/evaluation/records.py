@@ -7,15 +7,17 @@ scores.json         the scores, and the rows that were left out
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from megatron_orz.closeable import Closeable
-from megatron_orz.json_file import write_json
+from megatron_orz.json_file import read_json, write_json
 from megatron_orz.types import AnswerKind, FinishReason
 
 RUN_FILE = "run.json"
@@ -60,15 +62,19 @@ class ItemRecord:
 class RecordFile(Closeable):
     """The records of one benchmark, which an interrupted evaluation goes on with. A context manager.
 
-    Raises ValueError for a file that holds something else.
+    Raises ValueError for a file that holds something else, or that another process has open here.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        written = path.read_bytes() if path.exists() else b""
-        whole = written.rfind(b"\n") + 1
-        self.records = {record.item: record for record in _parse(written[:whole], path)}
         self._file = path.open("ab", buffering=0)
+        try:
+            _lock(self._file, path)
+            written = path.read_bytes()
+            whole = written.rfind(b"\n") + 1
+            self.records = {record.item: record for record in _parse(written[:whole], path)}
+        except ValueError:
+            self.close()
+            raise
         self._file.truncate(whole)  # a machine that went down while writing leaves half a line
 
     def append(self, records: Sequence[ItemRecord]) -> None:
@@ -96,6 +102,16 @@ def read_records(path: Path) -> list[ItemRecord]:
     return list(_parse(data[: data.rfind(b"\n") + 1], path))
 
 
+def _lock(file: FileIO, path: Path) -> None:
+    """Until the file is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is evaluating into {path}; wait for it, or name another output directory"
+        ) from error
+
+
 def _parse(data: bytes, path: Path) -> Iterator[ItemRecord]:
     for number, line in enumerate(data.splitlines(), start=1):
         try:
@@ -108,8 +124,8 @@ def _parse(data: bytes, path: Path) -> Iterator[ItemRecord]:
             ) from error
 
 
-def claim(directory: Path, identity: Mapping[str, Any]) -> bool:
-    """Makes the directory that of the run with this identity; whether it was already.
+def claim(directory: Path, identity: Mapping[str, Any]) -> None:
+    """Makes the directory that of the run with this identity, if it is not already.
 
     Raises ValueError, naming what differs, when the directory holds another run: their records must not be mixed.
     """
@@ -118,23 +134,21 @@ def claim(directory: Path, identity: Mapping[str, Any]) -> bool:
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
         write_json(path, identity)
-        return False
-    held = read_json(path)
+        return
+    held = read_identity(directory)
     different = [name for name in {**held, **identity} if held.get(name) != identity.get(name)]
     if different:
         listed = ", ".join(f"{name} ({held.get(name)!r}, not {identity.get(name)!r})" for name in different)
         raise ValueError(f"{directory} holds an evaluation with another {listed}; name another output directory")
-    return True
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of an evaluation. Raises ValueError where there is none."""
+def read_identity(directory: Path) -> dict[str, Any]:
+    """What the directory's run is. Raises ValueError where it holds none."""
+    path = directory / RUN_FILE
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; name the output directory of tools/evaluate.py run") from error
+        identity = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); name the output directory of tools/evaluate.py run") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; name the output directory of tools/evaluate.py run")
-    return value
+        raise ValueError(f"{error}; name the output directory of tools/evaluate.py run") from error
+    if not isinstance(identity, dict) or not isinstance(identity.get("data"), dict):
+        raise ValueError(f"{path} is of no evaluation; name the output directory of tools/evaluate.py run")
+    return identity

@@ -14,7 +14,7 @@ from megatron_orz.evaluation.records import ItemRecord, RecordFile, ResponseReco
 from megatron_orz.evaluation.votes import vote_classes
 from megatron_orz.rewards.math_answer import Response
 from megatron_orz.rewards.verifiers import AnswerVerifier
-from megatron_orz.types import Grade, Prompt, Rollout
+from megatron_orz.types import Grader, Prompt, Rollout
 
 CHUNK_ITEMS = 64
 """Items that are generated together, and recorded together. Their seeds depend on it."""
@@ -36,6 +36,7 @@ class Generate(Protocol):
 def answer_items(
     benchmark: Benchmark,
     generate: Generate,
+    grader: Grader,
     verifier: AnswerVerifier,
     decode: Callable[[list[int]], str],
     records: RecordFile,
@@ -46,7 +47,8 @@ def answer_items(
 ) -> list[ItemRecord]:
     """The records of all items, in their order. Those that the file holds already are not asked again.
 
-    on_response: called for every response that is generated, and for those that are on file.
+    verifier: compares answers for the vote. on_response: called for every response that is generated, and for those
+    that are on file.
     """
     for start in range(0, len(benchmark.items), CHUNK_ITEMS):
         chunk = benchmark.items[start : start + CHUNK_ITEMS]
@@ -61,26 +63,19 @@ def answer_items(
             seed=seed * 1_000_003 + start,
             on_rollout=on_response,
         )
-        texts = [decode(rollout.response_ids) for rollout in rollouts]
-        grades = verifier.grade(
-            [rollout.prompt.kind for rollout in rollouts],
-            [
-                (text, rollout.finish_reason, rollout.prompt.answer)
-                for text, rollout in zip(texts, rollouts, strict=True)
-            ],
-        )
-        records.append(_records(chunk, rollouts, texts, grades, verifier, num_responses))
+        records.append(_records(chunk, grader.grade(rollouts), verifier, decode, num_responses))
     return [records.records[item.key] for item in benchmark.items]
 
 
 def _records(
     chunk: Sequence[Item],
     rollouts: Sequence[Rollout],
-    texts: Sequence[str],
-    grades: Sequence[Grade],
     verifier: AnswerVerifier,
+    decode: Callable[[list[int]], str],
     num_responses: int,
 ) -> list[ItemRecord]:
+    grades = [rollout.grade for rollout in rollouts if rollout.grade is not None]
+    assert len(grades) == len(rollouts)
     spans = [slice(number * num_responses, (number + 1) * num_responses) for number in range(len(chunk))]
     votes = vote_classes(
         [item.problem.kind for item in chunk], [grades[span] for span in spans], partial(equal_answers, verifier)
@@ -95,7 +90,7 @@ def _records(
             answer="" if item.problem.kind == "code" else item.problem.answer,
             responses=tuple(
                 ResponseRecord(
-                    text=text,
+                    text=decode(rollout.response_ids),
                     num_tokens=len(rollout.response_ids),
                     finish_reason=rollout.finish_reason,
                     reward=grade.reward,
@@ -105,7 +100,7 @@ def _records(
                     extracted=grade.extracted,
                     vote=vote,
                 )
-                for text, rollout, grade, vote in zip(texts[span], rollouts[span], grades[span], of_item, strict=True)
+                for rollout, grade, vote in zip(rollouts[span], grades[span], of_item, strict=True)
             ),
         )
         for item, span, of_item in zip(chunk, spans, votes, strict=True)

@@ -117,9 +117,14 @@ class Agent:
             if self._node_rank:
                 lifeline = stack.enter_context(Lifeline.join(address, port + 2, node_rank=self._node_rank))
             self._say(f"{len(nodes)} nodes are here: {', '.join(other.name for other in nodes)}")
-            if arguments.num_nodes * arguments.num_processes > 1:
-                self._exchange(address, port + 1)
-            return self._run_ranks(nodes, port, self._find_servers(nodes[0]), lifeline)
+            try:
+                if arguments.num_nodes * arguments.num_processes > 1:
+                    self._exchange(address, port + 1)
+                urls = self._find_servers(nodes[0])
+            except (ValueError, RuntimeError) as error:
+                self._publish_end(USER_ERROR, str(error))  # the others may have found nothing wrong
+                raise
+            return self._run_ranks(nodes, port, urls, lifeline)
 
     def serve(self) -> int:
         """Runs the servers of this node until a signal ends them. Returns its exit code."""
@@ -194,16 +199,20 @@ class Agent:
                 if failed is None and (lost := lifeline.lost()) is not None:
                     reason = f"node {nodes[lost].name} is lost: no answer for {LOST_S} s, or an end without a word"
                     code = RANK_LOST
-                end = {"name": node_name(), "code": code, "reason": reason}
-                self._notices.publish(f"trainer-end-{self._node_rank}", end)
+                self._publish_end(code, reason)
                 if failed is not None:
                     reason = f"{failed['reason']} on node {failed['name']}; the ranks of this node are ended"
                     code = failed["code"]
                 print(f"error: {reason}", file=sys.stderr, flush=True)
             return code
 
+    def _publish_end(self, code: int, reason: str) -> None:
+        """Tells the agents of the other nodes that this one cannot go on."""
+        end = {"name": node_name(), "code": code, "reason": reason}
+        self._notices.publish(f"trainer-end-{self._node_rank}", end)
+
     def _failed_node(self) -> dict[str, Any] | None:
-        """What another node says of its failed ranks: connections to it may be gone without a word."""
+        """What another node says of its end: connections to it may be gone without a word."""
         others = (rank for rank in range(self._arguments.num_nodes) if rank != self._node_rank)
         return next((end for rank in others if (end := self._notices.peek(f"trainer-end-{rank}")) is not None), None)
 

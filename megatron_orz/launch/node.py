@@ -142,7 +142,7 @@ def visible_gpus() -> list[str]:
         raise ValueError(f"nvidia-smi failed on node {node_name()}: {error}; leave the node out") from error
     gpus = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return gpus if visible is None else gpus[: len([name for name in visible.split(",") if name])]
+    return gpus if visible is None else gpus[: len([name for name in visible.split(",") if name not in ("", "-1")])]
 
 
 def _versions() -> dict[str, str]:

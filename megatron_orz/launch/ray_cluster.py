@@ -26,21 +26,19 @@ class RemoteAgent:
     """The agent of one machine, in a Ray actor on it."""
 
     def __init__(self) -> None:
-        self._signals: Any = None
+        self._signals = Signals()
 
     def run(self, command: Sequence[str], directory: str, environment: Mapping[str, str]) -> int:
         """Runs the agent in `directory`, which all machines share. Returns its exit code."""
         os.chdir(directory)
         # Ray hides GPUs that were not asked for by setting CUDA_VISIBLE_DEVICES, which the agent inherits.
         process = Process(name="agent", command=command, environment={**os.environ, **environment}, log=None)
-        self._signals = Signals()
         with ProcessGroup([process]) as group:
             return group.wait(self._signals)
 
     def tell(self, number: int) -> None:
-        """Passes a signal to the agent."""
-        if self._signals is not None:
-            self._signals.received.append(number)
+        """Passes a signal to the agent, once it runs."""
+        self._signals.received.append(number)
 
 
 def run_on_ray(nodes: Nodes, recipe: Path, arguments: Sequence[str], config: Config, *, address: str) -> int:

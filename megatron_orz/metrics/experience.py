@@ -13,7 +13,7 @@ from megatron_orz.types import DataParallel, Experience, Metrics
 
 
 def experience_metrics(
-    experience: Sequence[Experience], moments: Tensor, ranks: DataParallel, *, has_critic: bool = True
+    experience: Sequence[Experience], moments: Tensor, ranks: DataParallel, *, has_critic: bool
 ) -> Metrics:
     """How far the servers' log-probabilities are from the trainer's own, and how good the critic is, if there is one.
 

@@ -22,9 +22,19 @@ def check_packed(cu_seqlens: Tensor, loss_mask: Tensor, **arrays: Tensor) -> Non
     if any(x.device != cu_seqlens.device for x in everything.values()):
         raise ValueError(f"all arguments must be on one device: {given}")
     if cu_seqlens.device.type == "cpu":  # elsewhere a look at the values would wait for the device
-        bounds = cu_seqlens.tolist()
-        if not bounds or bounds[0] != 0 or bounds[-1] != first.numel() or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens must rise from 0 to the {first.numel()} packed tokens, but is {bounds}")
+        _check_boundaries(cu_seqlens, first.numel())
+
+
+def check_tokens(tokens: Tensor, cu_seqlens: Tensor) -> None:
+    """Raises ValueError unless they are [T] int64, laid out by `cu_seqlens`, both on the CPU."""
+    given = _describe(tokens=tokens, cu_seqlens=cu_seqlens)
+    if tokens.ndim != 1 or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens must be [T] int64: {given}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
+        raise ValueError(f"cu_seqlens must be [B + 1] int32: {given}")
+    if tokens.device.type != "cpu" or cu_seqlens.device.type != "cpu":
+        raise ValueError(f"all arguments must be on the CPU: {given}")
+    _check_boundaries(cu_seqlens, tokens.numel())
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tensor | None) -> None:
@@ -46,7 +56,8 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, loss_mask: Tenso
 
 
 def check_value_head(hidden: Tensor, head: Tensor, **arrays: Tensor) -> None:
-    """Raises ValueError unless they are [T, H] and [1, H] of one type, and `arrays` [T] float32, all on one device."""
+    """Raises ValueError unless they are [T, H] and [1, H] of one type, and `arrays` [T] float32 (float64 beside float64
+    hidden), all on one device."""
     given = _describe(hidden=hidden, head=head, **arrays)
     if hidden.ndim != 2 or head.shape != (1, hidden.shape[-1]):
         raise ValueError(f"hidden and head must be [T, H] and [1, H]: {given}")
@@ -57,6 +68,12 @@ def check_value_head(hidden: Tensor, head: Tensor, **arrays: Tensor) -> None:
         raise ValueError(f"{', '.join(arrays)} must be [{hidden.shape[0]}] {expected}: {given}")
     if any(x.device != hidden.device for x in (head, *arrays.values())):
         raise ValueError(f"all arguments must be on one device: {given}")
+
+
+def _check_boundaries(cu_seqlens: Tensor, num_tokens: int) -> None:
+    bounds = cu_seqlens.tolist()
+    if not bounds or bounds[0] != 0 or bounds[-1] != num_tokens or bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must rise from 0 to the {num_tokens} packed tokens, but is {bounds}")
 
 
 def _describe(**arrays: Tensor) -> str:

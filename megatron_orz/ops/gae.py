@@ -32,6 +32,6 @@ def packed_gae(
         (tensor([1.0000, 1.0000, 0.5000]), tensor([2.0000, 0.7500, 0.1250], dtype=torch.float64))
     """
     check_packed(cu_seqlens, loss_mask, rewards=rewards, values=values)
-    if extension.has_kernel("packed_gae", rewards.device.type):
+    if extension.has_kernel("packed_gae", rewards.device.type, rewards.dtype):
         return torch.ops.megatron_orz.packed_gae(rewards, values, cu_seqlens, loss_mask, gamma, gae_lambda)
     return reference.packed_gae(rewards, values, cu_seqlens, loss_mask, gamma=gamma, gae_lambda=gae_lambda)

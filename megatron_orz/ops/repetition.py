@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from megatron_orz.ops import extension, reference
+from megatron_orz.ops.checks import check_tokens
 
 
 def longest_previous_factor(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -16,15 +17,7 @@ def longest_previous_factor(tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
         >>> longest_previous_factor(torch.tensor([7, 8, 7, 8, 7, 9]), torch.tensor([0, 6], dtype=torch.int32))
         tensor([0, 0, 3, 2, 1, 0], dtype=torch.int32)
     """
-    if tokens.ndim != 1 or tokens.dtype != torch.int64 or tokens.device.type != "cpu":
-        raise ValueError(
-            f"tokens must be [T] int64 on the CPU, not {tokens.dtype} {list(tokens.shape)} {tokens.device}"
-        )
-    bounds = cu_seqlens.tolist()
-    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens must be [B + 1] int32, not {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    if not bounds or bounds[0] != 0 or bounds[-1] != len(tokens) or bounds != sorted(bounds):
-        raise ValueError(f"cu_seqlens must rise from 0 to the {len(tokens)} tokens, but is {bounds}")
+    check_tokens(tokens, cu_seqlens)
     if extension.has_kernel("longest_previous_factor", "cpu"):
         return torch.ops.megatron_orz.longest_previous_factor(tokens, cu_seqlens)
     return reference.longest_previous_factor(tokens, cu_seqlens)

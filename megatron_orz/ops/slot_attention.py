@@ -12,8 +12,8 @@ def slot_attention(
     """One query per row over the first `lengths` tokens of its slot, of which a window > 0 sees the last ones alone.
 
     query: [B, heads, d]; keys, values: [S, kv_heads, C, d], contiguous; slots, lengths: [B] int64. Returns
-    [B, heads, d]; the formula is in `reference.slot_attention`. Raises ValueError when shapes, types, slots or lengths
-    do not fit together.
+    [B, heads, d]; the formula is in `reference.slot_attention`. Raises ValueError when the query heads cannot share the
+    key-value heads evenly; the kernel also when shapes, types, slots or lengths do not fit together.
     """
     num_heads, num_kv_heads = query.shape[1], keys.shape[1]
     if num_heads % num_kv_heads:

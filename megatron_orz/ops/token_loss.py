@@ -83,6 +83,14 @@ def linear_token_loss(
     return total, zeros.index_copy(0, index, log_probs), zeros.index_copy(0, index, entropy)
 
 
+def workspace_bytes(num_tokens: int, num_rows: int, dtype: torch.dtype, device_type: str) -> int:
+    """Memory of the logits and gradients that exist at once. num_rows: V/tp; dtype: that of the weight."""
+    chunk, part = _chunk_tokens(num_rows, dtype, device_type)
+    logits = min(part, num_tokens) * wide(dtype).itemsize
+    gradients = 0 if _is_in_place(dtype, device_type) else min(chunk, num_tokens) * dtype.itemsize
+    return num_rows * (logits + gradients)
+
+
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -97,12 +105,11 @@ class _LinearTokenLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         weight_gradient = WeightGradient.of(weight)
         n, v, dtype = hidden.shape[0], shard.num_rows, wide(hidden.dtype)
-        is_in_place = factor_dtype(hidden) == dtype
-        chunk, part = _chunk_tokens(hidden, weight, is_in_place=is_in_place)
+        chunk, part = _chunk_tokens(len(weight), hidden.dtype, hidden.device.type)
         weight, d_weight = weight[:v], weight_gradient.sum[:v]
-        num_rows = max(v, 1) if factor_dtype(weight) == weight.dtype else UPCAST_ROWS
+        num_rows = max(v, 1) if factor_dtype(weight.dtype, weight.device.type) == weight.dtype else UPCAST_ROWS
         all_logits = hidden.new_empty(min(part, n), v, dtype=dtype)
-        all_d = all_logits if is_in_place else hidden.new_empty(min(chunk, n), v)
+        all_d = all_logits if _is_in_place(hidden.dtype, hidden.device.type) else hidden.new_empty(min(chunk, n), v)
 
         total = hidden.new_zeros((), dtype=dtype)
         log_probs, entropy = hidden.new_empty(2, n, dtype=dtype)
@@ -148,17 +155,22 @@ def _gradients(loss: TokenLoss, index: Tensor, log_probs: Tensor, entropy: Tenso
     return total.detach(), g.contiguous(), h.contiguous()
 
 
-def _chunk_tokens(hidden: Tensor, weight: Tensor, *, is_in_place: bool) -> tuple[int, int]:
+def _is_in_place(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether the gradients d are written over the logits: they have one type."""
+    return factor_dtype(dtype, device_type) == wide(dtype)
+
+
+def _chunk_tokens(num_rows: int, dtype: torch.dtype, device_type: str) -> tuple[int, int]:
     """Tokens of a chunk, and of the part of it whose logits exist at once: one and the same where d is in place.
 
-    Depends on nothing that tensor-parallel ranks do not share, such as how many of their rows are padding: they
-    exchange the statistics of each part.
+    num_rows: V/tp. Depends on nothing that tensor-parallel ranks do not share, such as how many of their rows are
+    padding: they exchange the statistics of each part.
     """
-    budget = WORKSPACE_BYTES[hidden.device.type] // max(weight.shape[0], 1)
-    if is_in_place:
-        chunk = part = min(CHUNK_TOKENS, budget // wide(hidden.dtype).itemsize)
+    budget = WORKSPACE_BYTES[device_type] // max(num_rows, 1)
+    if _is_in_place(dtype, device_type):
+        chunk = part = min(CHUNK_TOKENS, budget // wide(dtype).itemsize)
     else:
-        bytes_of_part = wide(hidden.dtype).itemsize + PARTS_OF_CHUNK * hidden.dtype.itemsize
+        bytes_of_part = wide(dtype).itemsize + PARTS_OF_CHUNK * dtype.itemsize
         part = min(CHUNK_TOKENS // PARTS_OF_CHUNK, budget // bytes_of_part)
         chunk = PARTS_OF_CHUNK * part
     return max(1, chunk), max(1, part)

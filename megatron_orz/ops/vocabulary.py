@@ -67,14 +67,14 @@ def token_stats(stats: Tensor, shard: Shard) -> TokenStats:
     return TokenStats(target_logit - log_sum_exp, sum_exp.log() - moment / sum_exp, log_sum_exp)
 
 
-def factor_dtype(x: Tensor) -> torch.dtype:
-    """The type in which x enters matrix products: GPUs multiply half precision fast, CPUs slowly."""
-    return wide(x.dtype) if x.device.type == "cpu" else x.dtype
+def factor_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """The type in which numbers enter matrix products: GPUs multiply half precision fast, CPUs slowly."""
+    return wide(dtype) if device_type == "cpu" else dtype
 
 
 def factor(x: Tensor) -> Tensor:
     """x as matrix products take it."""
-    return x.to(factor_dtype(x))
+    return x.to(factor_dtype(x.dtype, x.device.type))
 
 
 def multiply(a: Tensor, b: Tensor, *, out: Tensor) -> None:

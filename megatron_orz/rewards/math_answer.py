@@ -35,6 +35,8 @@ MAX_ANSWER_CHARS = 1000
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 60.0
+_MEMORY_GIB = 2.0
+"""Address space of a process."""
 _MAX_MESSAGE_BYTES = 100
 
 logger = logging.getLogger(__name__)
@@ -115,9 +117,9 @@ def _number(answer: str) -> Decimal | None:
 class Verifier(Closeable):
     """Grades responses, with processes that start when the first answer needs one. A context manager."""
 
-    def __init__(self, *, timeout_s: float = 5.0, num_workers: int = 2, memory_gib: float = 2.0) -> None:
+    def __init__(self, *, timeout_s: float = 5.0, num_workers: int = 2) -> None:
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._workers = [_Worker(timeout_s, memory_gib) for _ in range(num_workers)]
+        self._workers = [_Worker(timeout_s) for _ in range(num_workers)]
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="verifier")
@@ -194,9 +196,8 @@ def _grade(answer: str | None, is_equal: bool | None, finish_reason: FinishReaso
 class _Worker:
     """One process of `math_worker.py`, started when it is needed and again after it died."""
 
-    def __init__(self, timeout_s: float, memory_gib: float) -> None:
+    def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._memory_gib = memory_gib
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection
 
@@ -225,7 +226,7 @@ class _Worker:
         self._connection, theirs = Pipe()
         with theirs:
             program = [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))]
-            arguments = [str(theirs.fileno()), str(self._timeout_s), str(self._memory_gib)]
+            arguments = [str(theirs.fileno()), str(self._timeout_s), str(_MEMORY_GIB)]
             self._process = subprocess.Popen(
                 program + arguments, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )

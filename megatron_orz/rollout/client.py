@@ -18,7 +18,7 @@ import httpx
 from megatron_orz.closeable import Closeable
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout.servers import DeadlineError, RefusedError, ServerError, UnreachableError
-from megatron_orz.rollout.token import authorization
+from megatron_orz.rollout.token import TOKEN_VARIABLE, authorization
 from megatron_orz.types import FinishReason, Prompt, Rollout, Swap
 
 # Servers drop connections idle for 5 s, and a request sent at that moment fails. Dropping them earlier here leaves no
@@ -26,7 +26,9 @@ from megatron_orz.types import FinishReason, Prompt, Rollout, Swap
 _KEEPALIVE_S = 1.0
 LIMITS = httpx.Limits(max_connections=None, keepalive_expiry=_KEEPALIVE_S)
 
-_CONTROL_TIMEOUT_S = 60.0
+CONTROL_TIMEOUT_S = 60.0
+"""Deadline of requests that compute nothing."""
+
 _BUSY = (httpx.codes.REQUEST_TIMEOUT, httpx.codes.TOO_MANY_REQUESTS)
 _MAX_TOKEN_ID = 2**31 - 1
 
@@ -135,7 +137,7 @@ class ServerClient(Closeable):
         reply = await self._ask(
             http, "POST", self.generate_path, timeout_s=self._request_timeout_s, remedy=remedy, json=self.body(request)
         )
-        return self._rollouts(_json(reply), request)
+        return self._rollouts(json_of(reply), request)
 
     async def num_computed(self, http: httpx.AsyncClient, *, timeout_s: float) -> float:
         """Tokens the server has computed since it started: grows unless it has nothing to do, or is stuck."""
@@ -152,13 +154,13 @@ class ServerClient(Closeable):
 
     async def fetch(self, http: httpx.AsyncClient, path: str) -> Any:
         """The JSON answer to a GET."""
-        return _json(await self._ask(http, "GET", path, timeout_s=_CONTROL_TIMEOUT_S))
+        return json_of(await self._ask(http, "GET", path, timeout_s=CONTROL_TIMEOUT_S))
 
     async def tell(self, http: httpx.AsyncClient, path: str, body: Mapping[str, Any], **query: str) -> None:
         """A POST whose answer says nothing."""
-        await self._ask(http, "POST", path, timeout_s=_CONTROL_TIMEOUT_S, json=body, params=query)
+        await self._ask(http, "POST", path, timeout_s=CONTROL_TIMEOUT_S, json=body, params=query)
 
-    def get(self, path: str, *, timeout_s: float = _CONTROL_TIMEOUT_S) -> dict[str, Any]:
+    def get(self, path: str, *, timeout_s: float = CONTROL_TIMEOUT_S) -> dict[str, Any]:
         """The JSON answer to a GET."""
         return self._call("GET", path, timeout_s=timeout_s)
 
@@ -168,7 +170,7 @@ class ServerClient(Closeable):
         body: Mapping[str, Any] | None = None,
         *,
         query: Mapping[str, str] | None = None,
-        timeout_s: float = _CONTROL_TIMEOUT_S,
+        timeout_s: float = CONTROL_TIMEOUT_S,
     ) -> dict[str, Any]:
         """The JSON answer to a POST."""
         return self._call("POST", path, json=body, params=query, timeout_s=timeout_s)
@@ -184,7 +186,7 @@ class ServerClient(Closeable):
             raise DeadlineError(f"{self.url}{path} did not answer within {timeout_s:g} s") from error
         except httpx.RequestError as error:
             raise UnreachableError(f"{self.url}{path} is unreachable: {error!r}") from error
-        answer: dict[str, Any] = _json(_checked(response))
+        answer: dict[str, Any] = json_of(checked(response))
         return answer
 
     async def _ask(
@@ -192,7 +194,7 @@ class ServerClient(Closeable):
     ) -> httpx.Response:
         try:
             async with asyncio.timeout(timeout_s):
-                return _checked(await http.request(method, f"{self.url}{path}", timeout=None, **request))
+                return checked(await http.request(method, f"{self.url}{path}", timeout=None, **request))
         except TimeoutError as error:
             message = f"{method} {self.url}{path} took longer than {timeout_s:g} s {remedy}"
             raise DeadlineError(message.rstrip()) from error
@@ -253,14 +255,21 @@ def _finish_reason(reason: str) -> FinishReason:
     raise ValueError(f"a response ended for {reason!r}")  # one cut short by the server, "abort", is not whole
 
 
-def _checked(response: httpx.Response) -> httpx.Response:
+def checked(response: httpx.Response) -> httpx.Response:
+    """The response, if it is an answer. Raises RefusedError where the request is refused, else ServerError."""
     if response.status_code == httpx.codes.OK:
         return response
+    if response.status_code == httpx.codes.UNAUTHORIZED:
+        raise RefusedError(
+            f"{response.url} answers only those who know its token; start the server, and this program, with the same "
+            f"{TOKEN_VARIABLE} in the environment"
+        )
     kind = RefusedError if response.is_client_error and response.status_code not in _BUSY else ServerError
     raise kind(f"{response.url} answered {response.status_code}: {response.text[:1000]}")
 
 
-def _json(response: httpx.Response) -> Any:
+def json_of(response: httpx.Response) -> Any:
+    """The JSON of a response. Raises ServerError where it holds something else."""
     try:
         return response.json()
     except (ValueError, RecursionError) as error:

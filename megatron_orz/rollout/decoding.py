@@ -55,7 +55,7 @@ def decode(
     num_begun = 0
     while num_begun < num_rows or batch.num_growing:
         num_new = min(len(batch.free), num_rows - num_begun)
-        if not batch.num_growing or num_new >= max(1, _REFILL_SHARE * max_rows):
+        if num_new and (not batch.num_growing or len(batch.free) >= _REFILL_SHARE * max_rows):
             rows = range(num_begun, num_begun + num_new)
             num_begun += num_new
             batch.begin(

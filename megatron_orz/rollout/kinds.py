@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
@@ -139,9 +140,8 @@ def _connect_sglang(clients: Sequence[SGLangClient], *, backend: GroupBackend, t
 
 def _connected(sender: Connecting) -> Connecting:
     """The sender, once it has joined the servers; closed where it cannot."""
-    try:
+    with ExitStack() as stack:
+        stack.callback(sender.close)
         sender.connect()
-    except RuntimeError:
-        sender.close()
-        raise
+        stack.pop_all()
     return sender

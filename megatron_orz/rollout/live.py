@@ -12,14 +12,13 @@ import httpx
 from megatron_orz.closeable import Closeable
 from megatron_orz.config import SamplingConfig
 from megatron_orz.rollout import INITIAL_VERSION
-from megatron_orz.rollout.client import LIMITS, GenerationRequest
+from megatron_orz.rollout.client import CONTROL_TIMEOUT_S, LIMITS, GenerationRequest, checked, json_of
 from megatron_orz.rollout.sampling import prompt_seed
 from megatron_orz.rollout.servers import ServerError
-from megatron_orz.rollout.token import TOKEN_VARIABLE, authorization
+from megatron_orz.rollout.token import authorization
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.types import Prompt, Rollout
 
-_CONTROL_TIMEOUT_S = 60.0
 _MAX_REQUESTS_IN_FLIGHT = 128
 
 
@@ -96,24 +95,12 @@ class LiveServer(Closeable):
     def _get(self, path: str) -> dict[str, Any] | None:
         """The JSON answer to a GET; None where the server has no such path."""
         try:
-            response = httpx.get(self.url + path, timeout=_CONTROL_TIMEOUT_S, trust_env=False, headers=authorization())
-        except (httpx.TransportError, httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            response = httpx.get(self.url + path, timeout=CONTROL_TIMEOUT_S, trust_env=False, headers=authorization())
+        except (httpx.TransportError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url}{path} cannot be reached ({error!r}); check the address") from error
-        return None if response.status_code == httpx.codes.NOT_FOUND else _json(response)
-
-
-def _json(response: httpx.Response) -> dict[str, Any]:
-    if response.status_code == httpx.codes.UNAUTHORIZED:
-        raise ServerError(
-            f"{response.url} answers only those who know its run's token; start the run, and this, with the same "
-            f"{TOKEN_VARIABLE} in the environment"
-        )
-    if response.status_code != httpx.codes.OK:
-        raise ServerError(f"{response.url} answered {response.status_code}: {response.text[:1000]}")
-    try:
-        answer = response.json()
-    except ValueError as error:
-        raise ServerError(f"{response.url} answered something that is no JSON: {response.text[:200]}") from error
-    if not isinstance(answer, dict):
-        raise ServerError(f"{response.url} answered no JSON object: {response.text[:200]}")
-    return answer
+        if response.status_code == httpx.codes.NOT_FOUND:
+            return None
+        answer = json_of(checked(response))
+        if not isinstance(answer, dict):
+            raise ServerError(f"{response.url} answered no JSON object: {response.text[:200]}")
+        return answer

@@ -112,7 +112,7 @@ class RemoteServer(ServerProcess):
         self._number = number
         self._num_restarts = num_restarts
 
-    def wait_until_healthy(self, on_wait: Callable[[float], None] = lambda elapsed_s: None) -> None:
+    def wait_until_healthy(self) -> None:
         """Has the node start the server; returns when it answers here.
 
         Raises ValueError for what cannot start, and ServerError for what does not.
@@ -123,7 +123,7 @@ class RemoteServer(ServerProcess):
             raise ServerError(
                 f"node {self._name} cannot be told at {self._node_url} to start server {self._number}: {error!r}"
             ) from error
-        super().wait_until_healthy(on_wait)
+        super().wait_until_healthy()
 
     def check_alive(self, *, wait_s: float = 0.0, during: str = "the run") -> None:
         """Raises ServerError when the node says that the server has ended, or ends within `wait_s`.

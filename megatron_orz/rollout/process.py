@@ -13,6 +13,10 @@ from megatron_orz.closeable import Closeable
 
 _SUPERVISOR = Path(__file__).with_name("supervisor.py")
 _GRACE_S = 5.0
+"""Between SIGTERM and SIGKILL to whatever is left of the command."""
+_END_S = 10.0
+"""How long the supervisor may take to end everything below it."""
+_NUM_ERRORS, _NUM_LINES = 3, 8
 _EXCEPTION = re.compile(r"[\w.]*(?:Error|Exception): .+")  # "ValueError: ...", after whatever a logger puts before it
 
 
@@ -49,20 +53,23 @@ class SupervisedProcess(Closeable):
         except subprocess.TimeoutExpired:
             return None
 
-    def last_words(self, *, num_errors: int = 3, num_lines: int = 8) -> str:
+    def last_words(self) -> str:
         """The first exceptions this command logged, which are the likely reason for an end, then its last lines."""
-        with self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            lines = log.read().decode(errors="replace").splitlines()
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(self._log_start)
+                lines = log.read().decode(errors="replace").splitlines()
+        except OSError as error:
+            return f"it cannot be read: {error}"
         errors = dict.fromkeys(
             match[0] for line in lines if "WARNING" not in line and (match := _EXCEPTION.search(line))
         )
-        return "\n".join([*list(errors)[:num_errors], "...", *lines[-num_lines:]])
+        return "\n".join([*list(errors)[:_NUM_ERRORS], "...", *lines[-_NUM_LINES:]])
 
     def close(self) -> None:
         """Ends the command and all its descendants; returns when they are gone."""
         self._supervisor.terminate()
         # The supervisor ends by itself soon after the grace: it sends SIGKILL until nothing is left.
-        if self.exit_code(wait_s=2 * _GRACE_S) is None:
+        if self.exit_code(wait_s=_END_S) is None:
             self._supervisor.kill()
-            self._supervisor.wait(_GRACE_S)
+            self._supervisor.wait(_END_S)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from subprocess import SubprocessError
 from typing import Any, Literal, TypeAlias
 
 import httpx
@@ -145,25 +146,12 @@ class Replica:
 
     async def keep(self) -> None:
         """Watches the started server, and starts it anew whenever it fails, until it has failed too often."""
-        while True:
-            if self.phase == "up":
-                self.reason = await self._watched()
-            await self._stop()
-            if self._num_failures == len(_RESTART_DELAYS_S):
-                break
-            delay_s = _RESTART_DELAYS_S[self._num_failures]
-            self._num_failures += 1
-            self.phase = "down"
-            _log.warning("%s failed and is started anew in %g s: %s", self.name, delay_s, self.reason)
-            await asyncio.sleep(delay_s)
-            await self._has_memory.wait()
-            self.num_restarts += 1
-            try:
-                await self.start()
-                _log.warning("%s is up again, and waits for the next weight update", self.name)
-            except (ServerError, ValueError, OSError) as error:
-                self.reason = str(error)
-        self.phase = "lost"
+        try:
+            await self._start_anew_while_hopeful()
+        except (OSError, ValueError, SubprocessError) as error:  # of its processes, or its node
+            self.reason = f"its watch failed: {error!r}"
+        finally:  # nobody may wait for a server that nobody starts anew
+            self.phase = "lost"
         _log.error("%s failed for good: %s", self.name, self.reason)
 
     async def ask(self, request: GenerationRequest) -> list[Rollout]:
@@ -244,6 +232,26 @@ class Replica:
         if self._running is not None:
             await asyncio.to_thread(self._running.close)
 
+    async def _start_anew_while_hopeful(self) -> None:
+        while True:
+            if self.phase == "up":
+                self.reason = await self._watched()
+            await self._stop()
+            if self._num_failures == len(_RESTART_DELAYS_S):
+                break
+            delay_s = _RESTART_DELAYS_S[self._num_failures]
+            self._num_failures += 1
+            self.phase = "down"
+            _log.warning("%s failed and is started anew in %g s: %s", self.name, delay_s, self.reason)
+            await asyncio.sleep(delay_s)
+            await self._has_memory.wait()
+            self.num_restarts += 1
+            try:
+                await self.start()
+                _log.warning("%s is up again, and waits for the next weight update", self.name)
+            except (ServerError, ValueError, OSError) as error:
+                self.reason = str(error)
+
     async def _watched(self) -> str:
         """Returns when the server has failed, with the reason."""
         watch = asyncio.ensure_future(self._watch())
@@ -264,7 +272,8 @@ class Replica:
         num_misses = 0
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._suspicion.wait(), _HEARTBEAT_S)
+                async with asyncio.timeout(_HEARTBEAT_S):
+                    await self._suspicion.wait()
             self._suspicion.clear()
             assert self._running is not None
             try:

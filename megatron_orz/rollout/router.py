@@ -226,7 +226,8 @@ async def _finished(
     """The tasks that have ended, as soon as there are some; none after a while, so that servers can be looked at."""
     ended = []
     with suppress(TimeoutError):
-        ended.append(await asyncio.wait_for(done.get(), _POLL_S))
+        async with asyncio.timeout(_POLL_S):
+            ended.append(await done.get())
     while not done.empty():
         ended.append(done.get_nowait())
     return [task for task in ended if task is not None]

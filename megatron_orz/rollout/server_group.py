@@ -99,7 +99,7 @@ class ServerGroup:
         replicas = self._portal.call(self._ready)
         clients = [replica.client for replica in replicas]
         try:
-            sender = self._sender_to(replicas)
+            sender = self._sender_to(clients)
             for replica in replicas:
                 replica.is_updating = True
             sender.send(weights, version)
@@ -252,6 +252,9 @@ class ServerGroup:
         while any(replica.phase == "starting" for replica in self._replicas):
             await asyncio.sleep(_POLL_S)
         await self._on_all(lambda client: client.sleep(self._http))
+        # One that has failed keeps its memory until its processes have ended.
+        while any(replica.is_failing for replica in self._replicas):
+            await asyncio.sleep(_POLL_S)
         for replica in self._replicas:
             replica.version = None
 
@@ -284,8 +287,7 @@ class ServerGroup:
     async def _have_died(self, replicas: Sequence[Replica]) -> list[bool]:
         return await asyncio.gather(*(replica.has_died() for replica in replicas))
 
-    def _sender_to(self, replicas: Sequence[Replica]) -> Sender:
-        clients = [replica.client for replica in replicas]
+    def _sender_to(self, clients: list[ServerClient]) -> Sender:
         if self._sender is None or self._sender[0] != clients:
             self._drop_sender()
             self._sender = clients, self._connect(clients)

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +28,15 @@ _PACKAGE_ROOT = Path(__file__).parents[2]
 _HEALTH_POLL_S = 0.25
 _HEALTH_TIMEOUT_S = 5.0
 
-# A server that inherits the trainer's place in its process group would try to join it. torchrun also sets
-# OMP_NUM_THREADS=1 for its many ranks, while the server has the cores to itself when the ranks wait for it.
+# A server that inherits the trainer's place in its process group would try to join it, or look for torchrun's store in
+# place of its own (TORCHELASTIC_USE_AGENT_STORE). torchrun also sets OMP_NUM_THREADS=1 for its many ranks, while the
+# server has the cores to itself when the ranks wait for it.
 _TORCHRUN_VARIABLES = {
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK"),
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT"),
 }
+_TORCHRUN_PREFIX = "TORCHELASTIC_"
 
 
 class ServerError(RuntimeError):
@@ -71,21 +73,19 @@ class ServerProcess(Closeable):
         self.url = url
         self._start_timeout_s = start_timeout_s
 
-    def wait_until_healthy(self, on_wait: Callable[[float], None] = lambda elapsed_s: None) -> None:
-        """Returns when the server answers; calls `on_wait(elapsed_s)` a few times a second until then.
+    def wait_until_healthy(self) -> None:
+        """Returns when the server answers.
 
         Raises ServerError as soon as the server ends, and when it takes longer than fleet.start_timeout_s.
         """
-        started = time.monotonic()
+        deadline = time.monotonic() + self._start_timeout_s
         while not self._is_healthy():
-            elapsed_s = time.monotonic() - started
             self.check_alive(wait_s=_HEALTH_POLL_S, during="its start")
-            if elapsed_s > self._start_timeout_s:
+            if time.monotonic() > deadline:
                 raise ServerError(
                     f"the server did not answer within fleet.start_timeout_s = {self._start_timeout_s:g} s; "
                     f"raise it, or look for the reason in {self.describe_log()}"
                 )
-            on_wait(elapsed_s)
 
     @abstractmethod
     def check_alive(self, *, wait_s: float = 0.0, during: str = "the run") -> None:
@@ -143,8 +143,12 @@ class InferenceServer(ServerProcess):
 
 def base_environment() -> dict[str, str]:
     """The trainer's, less its place in a process group, plus the token, and this package for Python to find."""
-    environment = {name: value for name, value in os.environ.items() if name not in _TORCHRUN_VARIABLES}
-    if "TORCHELASTIC_RUN_ID" in environment:
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _TORCHRUN_VARIABLES and not name.startswith(_TORCHRUN_PREFIX)
+    }
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         environment.pop("OMP_NUM_THREADS", None)
     search_path = [str(_PACKAGE_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     return environment | {"PYTHONPATH": os.pathsep.join(search_path), TOKEN_VARIABLE: server_token()}

@@ -79,6 +79,6 @@ def _write(weights: NamedWeights, directory: Path, *, companions_of: Path) -> No
             flush()
             num_shards, num_bytes = num_shards + 1, 0
         # A copy: the tensor may share memory with what comes next.
-        shard[name] = weight.detach().cpu().clone().contiguous()
+        shard[name] = weight.detach().to("cpu", copy=True).contiguous()
         num_bytes += weight.nbytes
     flush()

@@ -70,11 +70,11 @@ def signal_descendants(number: int) -> None:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                stat = (entry / "stat").read_text()
+                stat = (entry / "stat").read_bytes()
             except OSError:  # the process has ended since the listing
                 continue
-            # "pid (command) state ppid ...", where the command may hold spaces and parentheses.
-            parent = int(stat.rpartition(")")[2].split()[1])
+            # "pid (command) state ppid ...", where the command may hold any bytes, parentheses included.
+            parent = int(stat.rpartition(b")")[2].split()[1])
             children.setdefault(parent, []).append(int(entry.name))
 
     pending = children.get(os.getpid(), [])

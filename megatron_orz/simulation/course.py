@@ -74,8 +74,6 @@ class Course:
 
     setting: Setting
     step_s: float
-    step_times_s: Sequence[float]
-    """Of every step measured."""
     train_s: float
     wait_s: float
     """The trainer waited for responses."""
@@ -179,7 +177,6 @@ class _Loop:
         return Course(
             setting=setting,
             step_s=step_s,
-            step_times_s=times,
             train_s=train_s,
             wait_s=wait_s,
             sync_s=sync_s,

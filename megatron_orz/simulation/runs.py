@@ -35,6 +35,8 @@ class MeasuredStep:
     """Response tokens of the siblings of each prompt that was trained on."""
     sequence_tokens: list[int]
     """Positions of every rollout in a pack."""
+    num_ranks: int
+    """Of the trainer: tokens a second of all of them, over those of one."""
     step_s: float
     """Without evaluation, which is not simulated."""
     wait_s: float
@@ -87,73 +89,80 @@ def read_run(run_dir: Path) -> MeasuredRun:
     """What a run measured from its second step on. Raises ValueError for what is no run with saved generations."""
     config = read_json(run_dir / "config.json")
     try:
-        setting = _setting(run_dir, config)
         ppo, fleet, grid = config["ppo"], config["fleet"], config["parallel"]
-        run = MeasuredRun(
+        _check_measurable(run_dir, ppo, fleet)
+        steps = _steps(run_dir, colocated=fleet["colocated"], max_staleness=ppo["max_staleness"])
+        num_ranks = _num_ranks(run_dir, steps)
+        num_servers = len(fleet["urls"]) or fleet["num_servers"]
+        return MeasuredRun(
             run_dir=run_dir,
-            setting=setting,
-            num_servers=len(fleet.get("urls", [])) or fleet.get("num_servers", 1),
-            gpus_per_server=fleet.get("server_tp", 1),
-            gpus_per_replica=grid["tp"] * grid["pp"] * grid.get("cp", 1),
-            max_running=fleet.get("max_running"),
+            setting=Setting(
+                trainer_gpus=num_ranks,
+                server_gpus=num_ranks if fleet["colocated"] else num_servers * fleet["server_tp"],
+                num_prompts=ppo["num_prompts"],
+                num_responses=ppo["num_responses"],
+                colocated=fleet["colocated"],
+                max_staleness=ppo["max_staleness"],
+                swaps_within_responses=fleet["swaps_within_responses"],
+                oversampling=ppo["oversampling"],
+            ),
+            num_servers=num_servers,
+            gpus_per_server=fleet["server_tp"],
+            gpus_per_replica=grid["tp"] * grid["pp"] * grid["cp"],
+            max_running=fleet["max_running"],
             max_pack_tokens=config["data"]["max_pack_tokens"],
-            num_critic_updates=ppo["num_critic_updates"] if ppo.get("advantages", "gae") == "gae" else 0,
+            num_critic_updates=ppo["num_critic_updates"] if ppo["advantages"] == "gae" else 0,
             num_policy_updates=ppo["num_policy_updates"],
-            steps=_steps(run_dir, setting),
+            steps=steps,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{run_dir / 'config.json'} is not the config of a run ({error!r}); name a run's directory"
+            f"{run_dir} does not hold the config and the metrics of a run ({error!r}); name a run's directory"
         ) from error
-    if not run.steps:
-        raise ValueError(f"{run_dir} has no step after its first one; give a run of at least 2 steps")
-    return run
 
 
-def _setting(run_dir: Path, config: Mapping[str, Any]) -> Setting:
-    ppo, fleet, grid = config["ppo"], config["fleet"], config["parallel"]
+def _check_measurable(run_dir: Path, ppo: Mapping[str, Any], fleet: Mapping[str, Any]) -> None:
     if fleet["kind"] == "local":
         raise ValueError(f"{run_dir} has no servers (fleet.kind local); give a run with fleet.kind vllm or sglang")
-    if ppo.get("max_resampling_rounds"):
+    if ppo["max_resampling_rounds"]:
         raise ValueError(
             f"{run_dir} has ppo.max_resampling_rounds: how much of its grading was generation is not known; give a run "
             "without"
         )
-    trainer_gpus = grid.get("num_ranks") or grid["tp"] * grid["pp"] * grid.get("cp", 1)
-    num_servers = len(fleet.get("urls", [])) or fleet.get("num_servers", 1)
-    colocated = bool(fleet.get("colocated", False))
-    return Setting(
-        trainer_gpus=trainer_gpus,
-        server_gpus=trainer_gpus if colocated else num_servers * fleet.get("server_tp", 1),
-        num_prompts=ppo["num_prompts"],
-        num_responses=ppo["num_responses"],
-        colocated=colocated,
-        max_staleness=ppo.get("max_staleness", 0),
-        swaps_within_responses=fleet.get("swaps_within_responses", False),
-        oversampling=ppo.get("oversampling", 0.0),
-    )
 
 
-def _steps(run_dir: Path, setting: Setting) -> list[MeasuredStep]:
+def _num_ranks(run_dir: Path, steps: Sequence[MeasuredStep]) -> int:
+    """Of the trainer; a config does not tell how many a run was given."""
+    found = {step.num_ranks for step in steps}
+    if not found:
+        raise ValueError(f"{run_dir} has no step after its first one; give a run of at least 2 steps")
+    if len(found) > 1:
+        raise ValueError(f"{run_dir} went on with other numbers of ranks ({sorted(found)}); give a run of one of them")
+    return found.pop()
+
+
+def _steps(run_dir: Path, *, colocated: bool, max_staleness: int) -> list[MeasuredStep]:
     rows = [row for row in read_metrics(run_dir / METRICS_FILE) if "time/generate_s" in row]
     timed_by_loop = [row["time/generate_s"] for row in rows]
-    generate_s = seconds_alone(run_dir, rows) if setting.max_staleness else timed_by_loop
+    generate_s = seconds_alone(run_dir, rows) if max_staleness else timed_by_loop
     return [
-        _step(run_dir, setting, row, before, seconds)
+        _step(run_dir, row, before, seconds, colocated=colocated, max_staleness=max_staleness)
         for (before, row), seconds in zip(pairwise(rows), generate_s[1:], strict=True)
     ]
 
 
-def _step(run_dir: Path, setting: Setting, row: Metrics, before: Metrics, generate_s: float | None) -> MeasuredStep:
+def _step(
+    run_dir: Path, row: Metrics, before: Metrics, generate_s: float | None, *, colocated: bool, max_staleness: int
+) -> MeasuredStep:
     """The step of a row, which came after `before`."""
     groups, sequence_tokens = _lengths(run_dir, row)
     seconds = {name[len("time/") : -len("_s")]: value for name, value in row.items() if name.startswith("time/")}
     phases = [seconds.get(phase, 0.0) for phase in MODEL_PHASES]
     named = ("sync", "generate", "evaluate", *MODEL_PHASES)
     rest_s = sum(value for name, value in seconds.items() if name not in named)
-    sync_s, wait_s = _sync(row, setting)
+    sync_s, wait_s = _sync(row, colocated=colocated, max_staleness=max_staleness)
     switch_s = 0.0
-    if setting.colocated:
+    if colocated:
         # The first change of turns lies around the update, the second within what first asks a model.
         switch_s = row["colocation/switch_s"] - before["colocation/switch_s"]
         if switch_s < 0:  # a resumed run counts from 0
@@ -164,6 +173,7 @@ def _step(run_dir: Path, setting: Setting, row: Metrics, before: Metrics, genera
     return MeasuredStep(
         groups=groups,
         sequence_tokens=sequence_tokens,
+        num_ranks=round(sum(sequence_tokens) / row["perf/step_s"] / row["perf/tokens_per_s_per_gpu"]),
         step_s=sum(seconds.values()) - seconds.get("evaluate", 0.0),
         wait_s=seconds["generate"] + wait_s,
         generate_s=generate_s,
@@ -194,9 +204,9 @@ def _lengths(run_dir: Path, row: Metrics) -> tuple[list[list[int]], list[int]]:
     return list(groups.values()), list(chain.from_iterable(tokens.values()))
 
 
-def _sync(row: Metrics, setting: Setting) -> tuple[float, float]:
+def _sync(row: Metrics, *, colocated: bool, max_staleness: int) -> tuple[float, float]:
     """Seconds of `time/sync_s` in which weights were replaced, and in which responses were waited for."""
-    if not setting.colocated and setting.max_staleness < 2:
+    if not colocated and max_staleness < 2:
         wait_s = row.get("staleness/wait_s", 0.0)
         return row["time/sync_s"] - wait_s, wait_s
     # The span holds a change of turns, or a wait for responses of later steps, that no metric names.
@@ -205,4 +215,4 @@ def _sync(row: Metrics, setting: Setting) -> tuple[float, float]:
         raise ValueError(
             f"step {row['step']:.0f} has none of {', '.join(UPDATE_PARTS)}; give a run whose servers say it"
         )
-    return sum(parts), 0.0 if setting.colocated else row["time/sync_s"] - sum(parts)
+    return sum(parts), 0.0 if colocated else row["time/sync_s"] - sum(parts)

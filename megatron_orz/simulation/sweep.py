@@ -94,8 +94,10 @@ def best_outcome(
                 tried[trainer] = run(profile, setting_of(trainer))
         return min(tried, key=lambda trainer: tried[trainer].step_s)
 
-    if mode.colocated or trainer_gpus is not None:
-        best = try_splits([gpus if mode.colocated else trainer_gpus or gpus])
+    if mode.colocated:
+        best = try_splits([gpus])
+    elif trainer_gpus is not None:
+        best = try_splits([trainer_gpus])
     else:
         possible = possible_splits(profile, gpus)
         best = try_splits(first_splits(possible))

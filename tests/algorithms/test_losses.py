@@ -27,9 +27,10 @@ LENGTHS = [(3, 40), (1, 1), (5, 60)]
 
 def output_near(experience: Experience, scale: float = 0.4) -> PolicyOutput:
     """A policy output whose ratios lie on both sides of the clip range."""
-    noise = torch.randn(len(experience.tokens), generator=torch.Generator().manual_seed(3)) * scale
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(len(experience.tokens), generator=generator) * scale
     log_probs = (experience.old_log_probs + noise).requires_grad_()
-    return PolicyOutput(log_probs=log_probs, entropy=torch.rand(len(noise)))
+    return PolicyOutput(log_probs=log_probs, entropy=torch.rand(len(noise), generator=generator))
 
 
 def test_policy_loss_equals_the_paper_token_by_token() -> None:
@@ -174,7 +175,8 @@ def test_losses_add_up_with_their_coefficients_and_keep_all_metrics() -> None:
 
 def test_clipped_value_loss_equals_the_formula_token_by_token() -> None:
     experience = random_experience(LENGTHS)
-    values = (experience.old_values + 0.5 * torch.randn(len(experience.tokens))).requires_grad_()
+    noise = torch.randn(len(experience.tokens), generator=torch.Generator().manual_seed(5))
+    values = (experience.old_values + 0.5 * noise).requires_grad_()
     loss = ClippedValueLoss(EPS)(values, experience)
     (gradient,) = torch.autograd.grad(loss.per_token.sum(), values)
     num_clipped = 0

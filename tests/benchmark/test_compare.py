@@ -79,8 +79,23 @@ def test_files_of_nothing_in_common_are_refused(tmp_path: Path) -> None:
 def test_the_table_has_a_line_for_each_baseline_of_a_target(tmp_path: Path) -> None:
     path = write(tmp_path / "train.json", [1.0, 2.0, 3.0], [4.0, 4.0, 5.0])
     assert list(summary.rows(path)) == [
-        "| a CPU | policy: small | 10 tokens/s | HF packed: 4 s | 2.00 | `tools/benchmark.py train` | 012345678 |"
+        "| a CPU | policy, small | 10 tokens/s | HF packed: 4 s | 2.00 | `tools/benchmark.py train` | 012345678 |"
     ]
+
+
+def test_the_fastest_other_stands_beside_the_baseline_of_a_target(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.json", [1.0, 2.0, 3.0], [4.0, 4.0, 5.0])
+    results = json.loads(path.read_text())
+    group = results["groups"][0]
+    group["rows"]["compiled"] = {"times_s": [1.0], "extra_bytes": 3 << 20}
+    group["rows"]["slower"] = {"times_s": [5.0]}
+    path.write_text(json.dumps(results))
+    baseline, fastest = summary.rows(path)
+    assert "| HF packed: 4 s | 2.00 |" in baseline
+    assert "| compiled: 1 s, 3 MiB | 0.50 |" in fastest
+    group["targets"] = [{"text": "at least 80% of the floor", "value": 0.9, "is_met": True}]
+    path.write_text(json.dumps(results))
+    assert list(summary.rows(path)) == [fastest]
 
 
 def test_all_committed_figures_can_be_read() -> None:

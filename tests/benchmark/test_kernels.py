@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,8 @@ def test_targets_compare_with_what_was_measured() -> None:
     assert share_of_floor(0.9).is_met(findings)
     assert not share_of_floor(0.95).is_met(findings)
     assert faster_than("absent", 1).is_met(findings) is None
+    nothing_extra = Findings({OURS: Finding([1.0], 0), "eager": Finding([1.0], 90)})
+    assert smaller_than("eager", 10).is_met(nothing_extra)
 
 
 def test_runs_take_turns() -> None:
@@ -127,6 +130,13 @@ def test_runs_take_turns() -> None:
     times = interleaved_times({name: partial(calls.append, name) for name in "abc"}, CPU, num_repeats=2)
     assert "".join(calls) == "abc" + "bca" + "cab"
     assert {name: len(of_name) for name, of_name in times.items()} == dict.fromkeys("abc", 2)
+
+
+def test_short_runs_are_repeated_for_longer() -> None:
+    begin = time.perf_counter()
+    times = interleaved_times({"a": lambda: None, "b": lambda: None}, CPU, num_repeats=2, min_s=0.05)
+    assert time.perf_counter() - begin >= 0.05
+    assert len(times["a"]) == len(times["b"]) > 2
 
 
 def test_memory_is_what_a_run_adds_at_its_peak() -> None:

@@ -17,6 +17,7 @@ from megatron_orz.algorithms.losses import policy_loss
 from megatron_orz.benchmark import train, workload
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.train import BY_LENGTH, PACKED, PADDED, Arguments
+from megatron_orz.benchmark.training_report import Phase, Row
 from megatron_orz.benchmark.transformers_trainer import packed_rows, padded_rows
 from megatron_orz.benchmark.workload import Lengths
 from megatron_orz.engine import peak_flops
@@ -75,6 +76,20 @@ def test_every_task_is_compared_timed_and_written(tmp_path: Path) -> None:
     assert policy["rows"][OURS]["resident_bytes"]["weights"] == weights
     assert policy["rows"][OURS]["resident_bytes"]["optimizer"] == 2 * weights
     assert "TFLOP of the model" in written.getvalue()
+
+
+def test_mfu_counts_the_operations_of_the_model_and_no_recomputation() -> None:
+    row = Row(times_s=[1.0, 2.0, 9.0], errors={}, resident_bytes={}, peak_bytes=None)
+    phase = Phase(
+        task="policy",
+        shape="",
+        num_tokens=10,
+        flops=100,
+        recomputed_flops=50,
+        peak=peak_flops.PeakFlops(rate=200.0, source="nominal"),
+        rows={OURS: row},
+    )
+    assert (phase.mfu(row), phase.tokens_per_s(row)) == (0.25, 5.0)
 
 
 def test_a_trace_shows_the_operators_of_one_update(tmp_path: Path) -> None:
@@ -138,6 +153,7 @@ def test_shapes_are_those_of_the_models(
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"repeats": 0}, "repeats is 0"),
+    ({"layers": 0}, "layers is 0"),
     ({"max_response_tokens": 58}, "61 tokens do not fit max_pack_tokens 60"),
     ({"without": (OURS,)}, "beside which everything else is measured"),
     ({"device": "cuda"}, "device is cuda"),

@@ -53,7 +53,7 @@ class PendingPart:
         return len(self.content)
 
     def write(self) -> list[Path]:
-        assert self.part.gate.wait(30)
+        assert self.part.gate.wait(120)
         self.part.num_written += 1
         (self.directory / "data").write_bytes(self.content)
         return [self.directory / "data"]
@@ -125,7 +125,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_one_alone(tmp_path: 
     second.join(0.2)
     assert second.is_alive(), "a second copy would be held before the first is written"
     part.gate.set()
-    second.join(30)
+    second.join(120)
     store.wait()
     assert (tmp_path / "step-00000001" / "policy" / "data").read_bytes() == b"first"
     assert (tmp_path / "step-00000002" / "policy" / "data").read_bytes() == b"changed"
@@ -135,7 +135,7 @@ def test_poll_commits_what_is_written(tmp_path: Path) -> None:
     store = store_in(tmp_path)
     store.save(at(1), {"policy": Part(b"x")}, sources={})
     assert store._save is not None
-    store._save.thread.join(30)
+    store._save.thread.join(120)
     store.poll()
     assert newest(tmp_path) == (1, [])
 

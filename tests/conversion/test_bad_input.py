@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,10 +133,13 @@ def test_a_damaged_hugging_face_checkpoint_is_refused(
     refused(plan_hf_to_megatron, checkpoints / "hf", tmp_path, damage, error)
 
 
-def edit_metadata(change: Callable[[dict[str, object]], object]) -> Damage:
+NORM = "decoder.final_layernorm.weight"
+
+
+def edit_metadata(change: Callable[[dict[str, Any]], object], of: str = "state_dict_metadata") -> Damage:
     def damage(path: Path) -> None:
         metadata = pickle.loads((path / ".metadata").read_bytes())
-        change(metadata.state_dict_metadata)
+        change(getattr(metadata, of))
         (path / ".metadata").write_bytes(pickle.dumps(metadata))
 
     return damage
@@ -154,8 +158,18 @@ def edit_metadata(change: Callable[[dict[str, object]], object]) -> Damage:
         ),
         (lambda path: (path / "config.json").unlink(), r"holds no config\.json"),
         (
-            edit_metadata(lambda tensors: tensors.pop("decoder.final_layernorm.weight")),
-            r"holds no tensor decoder\.final_layernorm\.weight; its config.json asks for it",
+            edit_metadata(lambda tensors: tensors.pop(NORM)),
+            f"holds no tensor {re.escape(NORM)}; its config.json asks for it",
+        ),
+        (
+            edit_metadata(
+                lambda places: [places.pop(index) for index in [*places] if index.fqn == NORM], "storage_data"
+            ),
+            rf"does not say where {re.escape(NORM)} lies at \[0\]; copy the checkpoint again",
+        ),
+        (
+            edit_metadata(lambda tensors: setattr(tensors[NORM].properties, "dtype", torch.float64)),
+            rf"{re.escape(NORM)} is stored as torch\.float64; name a --dtype to convert it to",
         ),
         (edit_config(num_hidden_layers=3), r"does not account for, e\.g\. decoder\.layers\.3\."),
         (
@@ -184,11 +198,11 @@ def test_damage_found_while_reading_leaves_nothing(checkpoints: Path, tmp_path: 
 
 
 def test_a_checkpoint_saved_in_part_is_refused(checkpoints: Path, tmp_path: Path) -> None:
-    def drop_a_chunk(tensors: dict[str, object]) -> None:
-        tensors["decoder.final_layernorm.weight"].chunks.clear()  # type: ignore[attr-defined]
+    def drop_a_chunk(tensors: dict[str, Any]) -> None:
+        tensors[NORM].chunks.clear()
 
     source = shutil.copytree(checkpoints / "megatron", tmp_path / "source")
     edit_metadata(drop_a_chunk)(source)
-    with pytest.raises(ValueError, match=r"holds decoder\.final_layernorm\.weight in part only"):
+    with pytest.raises(ValueError, match=f"holds {re.escape(NORM)} in part only"):
         plan_megatron_to_hf(source, tmp_path / "output").run(lambda _: None)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

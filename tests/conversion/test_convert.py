@@ -118,3 +118,6 @@ def test_companions_may_lie_elsewhere(tmp_path: Path) -> None:
         plan_megatron_to_hf(tmp_path / "megatron", tmp_path / "again")
     run(plan_megatron_to_hf(tmp_path / "megatron", tmp_path / "again", companions=source))
     assert_same_tensors(source, tmp_path / "again")
+    (source / "config.json").touch()
+    with pytest.raises(ValueError, match="again exists and is not this output"):
+        run(plan_megatron_to_hf(tmp_path / "megatron", tmp_path / "again", companions=source))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -81,7 +82,7 @@ def test_a_complete_output_is_left_alone(forms: dict[str, Path], tmp_path: Path,
     assert contents(tmp_path / "output") == before
 
 
-def test_another_source_starts_anew(forms: dict[str, Path], tmp_path: Path) -> None:
+def test_another_source_starts_anew(tmp_path: Path) -> None:
     other = save_policy(tmp_path / "other", "qwen2")
     conversion = plan_hf_to_megatron(other, tmp_path / "output")
     with pytest.raises(KeyboardInterrupt):
@@ -106,6 +107,23 @@ def test_two_conversions_into_one_output_are_refused(forms: dict[str, Path], tmp
         pytest.raises(ValueError, match=r"another process is writing .*output; wait for it"),
     ):
         plan_hf_to_megatron(forms["hf"], tmp_path / "output").run(lambda _: None)
+
+
+def test_an_output_that_another_process_finishes_meanwhile_is_left_alone(
+    forms: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It appears after the first look, before the lock is taken."""
+    conversion = plan_hf_to_megatron(forms["hf"], tmp_path / "output")
+    acquire = FileLock.acquire
+
+    def acquire_late(*args: Any, **options: Any) -> Any:
+        monkeypatch.setattr(resumable.FileLock, "acquire", acquire)
+        assert run(plan_hf_to_megatron(forms["hf"], tmp_path / "output"))
+        return acquire(*args, **options)
+
+    monkeypatch.setattr(resumable.FileLock, "acquire", acquire_late)
+    assert not conversion.run(lambda _: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]
 
 
 def test_a_disk_without_space_is_found_before_writing(

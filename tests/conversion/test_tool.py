@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from megatron_orz.command_line import INTERRUPTED
+from megatron_orz.conversion.convert import Conversion
 from megatron_orz.data.synthetic import build_tokenizer
 from tests.conversion.checkpoints import assert_same_tensors, save_critic, tensors_of
 from tests.engine import tiny
@@ -84,7 +86,7 @@ def test_verify_tells_equal_models_from_others(
     assert difference(capsys) < 1e-5
     assert convert(monkeypatch, "verify", "--first", source, "--second", changed, *text) == 1
     ids = torch.tensor([token_ids(source, "3 + 4 = 7")])
-    first, second = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (source, changed))
+    first, second = (AutoModelForCausalLM.from_pretrained(path)(ids).logits.detach() for path in (source, changed))
     assert difference(capsys) == pytest.approx(float((first - second).abs().max()), rel=1e-2)
 
 
@@ -101,6 +103,18 @@ def test_verify_compares_the_values_of_critics(
     assert difference(capsys) < 1e-5
     assert convert(monkeypatch, "verify", "--first", critic, "--second", source, *text) == 2
     assert "name two checkpoints of the same model" in capsys.readouterr().err
+
+
+def test_an_interrupt_has_its_own_exit_code_and_says_how_to_go_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversion, "run", interrupt)
+        assert convert(patch, "hf-to-megatron", "--input", source, "--output", tmp_path / "out") == INTERRUPTED
+    assert capsys.readouterr().err.splitlines()[-2:] == ["the same command goes on from here", "interrupted"]
 
 
 def test_an_error_is_one_sentence(

@@ -99,6 +99,29 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     assert num_excluding <= 13
 
 
+def test_an_interval_holds_95_percent_of_the_differences_of_resampled_prompts() -> None:
+    """Token by token: prompts are drawn with replacement, each with all its responses."""
+    responses = random_responses(12, drop=0.05)
+    cells = [
+        [
+            (bool(repeated), float(value))
+            for response in responses
+            if response.generation.prompt_id == prompt_id
+            for repeated, value in zip(response.is_repeated, response.values, strict=True)
+        ]
+        for prompt_id in range(12)
+    ]
+    rng, differences = np.random.default_rng(1), []
+    for _ in range(2000):
+        drawn = [cell for prompt_id in rng.integers(12, size=12) for cell in cells[prompt_id]]
+        differences.append(fmean(x for r, x in drawn if r) - fmean(x for r, x in drawn if not r))
+    low, high = np.quantile(differences, [0.025, 0.975])
+    found = contrasts(responses, num_resamples=2000, seed=0)[VALUE].difference
+    # 2,000 resamples know either end to about 4 % of the width.
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert found.high - found.low == pytest.approx(high - low, rel=0.15)
+
+
 def test_intervals_are_over_prompts_and_not_over_tokens() -> None:
     """Responses copied within their prompt add nothing that is new; ten times the prompts do."""
 

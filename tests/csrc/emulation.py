@@ -93,6 +93,13 @@ def poison(*shape: int, dtype: Any = np.float32) -> np.ndarray:
     return np.frombuffer(b"\xff" * (int(np.prod(shape)) * np.dtype(dtype).itemsize), dtype).reshape(shape).copy()
 
 
+def as_float64(x: np.ndarray, dtype: str) -> np.ndarray:
+    """The numbers of a type of torch. x: float32, or the bits of numbers of 16 bits."""
+    if dtype == "float32":
+        return x.astype(np.float64)
+    return torch.from_numpy(x.view(np.int16)).view(getattr(torch, dtype)).double().numpy()
+
+
 class _Guarded:
     """A copy of an array between guard zones; as numbers, the zones are NaN."""
 

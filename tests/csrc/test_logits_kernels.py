@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 
-from tests.csrc.emulation import BFLOAT16, FLOAT16, FLOAT32, poison, run
+from tests.csrc.emulation import BFLOAT16, FLOAT16, FLOAT32, as_float64, poison, run
 
 # One column; around a warp, a pack of four, a tile of a warp (256), the switch to whole blocks (2048) and a block's
 # tile (4096); vocabularies of the tests.
@@ -155,12 +154,6 @@ def test_nan_is_not_hidden(v: int) -> None:
 DTYPES = {"float32": (FLOAT32, np.float32), "bfloat16": (BFLOAT16, np.uint16), "float16": (FLOAT16, np.uint16)}
 
 
-def to_float64(x: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return x.astype(np.float64)
-    return torch.from_numpy(x.view(np.int16)).view(getattr(torch, dtype)).double().numpy()
-
-
 def define_gradient(rows: Rows, g: np.ndarray, h: np.ndarray) -> np.ndarray:
     exact = define(rows)
     log_p = rows.x - exact.log_sum_exp[:, None]
@@ -189,7 +182,7 @@ def check_gradient(actual: np.ndarray, expected: np.ndarray, dtype: str) -> None
     # number of 6e-8.
     rtol = {"float32": 1e-5, "bfloat16": 2**-8, "float16": 2**-10}[dtype]
     np.testing.assert_allclose(
-        to_float64(actual, dtype), expected, rtol=rtol, atol=1e-6 if dtype != "float16" else 2e-6
+        as_float64(actual, dtype), expected, rtol=rtol, atol=1e-6 if dtype != "float16" else 2e-6
     )
 
 

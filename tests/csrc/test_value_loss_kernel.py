@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.csrc.emulation import BFLOAT16, FLOAT16, FLOAT32, poison, run, workspace
+from tests.csrc.emulation import BFLOAT16, FLOAT16, FLOAT32, as_float64, poison, run, workspace
 
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "float16": FLOAT16}
 
@@ -26,12 +26,6 @@ def rounded(x: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     tensor = torch.from_numpy(x).to(getattr(torch, dtype))
     stored = tensor.numpy() if dtype == "float32" else tensor.view(torch.int16).numpy().view(np.uint16)
     return stored.copy(), tensor.double().numpy()
-
-
-def as_float64(x: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "float32":
-        return x.astype(np.float64)
-    return torch.from_numpy(x.view(np.int16)).view(getattr(torch, dtype)).double().numpy()
 
 
 def check_value_loss(

@@ -134,6 +134,11 @@ def test_a_pickle_that_is_more_than_a_text_is_refused(tmp_path: Path) -> None:
         ({"question": "?", "answer": "42", "kind": "code"}, "of kind code is not"),
         ({"question": "?", "answer": "x", "kind": "code"}, "line 1"),
         ({"question": "?", "answer": '{"tests": [{"input": "1"}]}', "kind": "code"}, "not all objects"),
+        ({"question": "?", "answer": json.dumps({"function": "f(", "tests": TESTS}), "kind": "code"}, "is no name"),
+        (live_code_bench("[]") | {"public_test_cases": TESTS}, "its public_test_cases is empty or no text"),
+        (live_code_bench("[]") | {"public_test_cases": "7"}, "its tests are no lists"),
+        (live_code_bench("[]") | {"metadata": ["add"]}, "its metadata is empty or no text"),
+        (live_code_bench("[]", "[]"), "its metadata is no object"),
     ],
 )
 def test_bad_rows_are_named_and_the_next_one_is_read(tmp_path: Path, row: Any, sentence: str) -> None:

@@ -145,9 +145,26 @@ def test_recipe_lengths_on_64_ranks_take_the_fewest_packs_possible() -> None:
 )
 def test_no_mini_batch_is_empty_on_all_ranks(lengths: list[int], dp_size: int, min_packs: int, seed: int) -> None:
     plan = plan_packs(lengths, max_pack_tokens=50, dp_size=dp_size, min_packs=min_packs, seed=seed)
+    check_that_packs_are_filled(plan)
+
+
+def check_that_packs_are_filled(plan: list[list[list[int]]]) -> None:
+    """A rank has an empty pack only where it has fewer sequences than packs; those of several ranks lie apart."""
+    for rank in plan:
+        assert sum(map(bool, rank)) == min(len(rank), sum(map(len, rank)))
     num_filled = sum(bool(packed) for rank in plan for packed in rank)
     places = list(zip(*plan, strict=True))
     assert sum(any(place) for place in places) == min(num_filled, len(places))
+
+
+def test_packs_to_spare_are_filled_where_an_even_spread_exceeds_the_budget() -> None:
+    """Eight packs hold these sequences to the last token; spread over nine, longest first, one pack has 31."""
+    lengths = [15, 8, 7, 19, 11, 17, 13, 1, 7, 8, 14, 9, 10, 3, 8, 16, 14, 6, 24, 17, 13]
+    assert sum(lengths) == 8 * 30
+    plan = plan_packs(lengths, max_pack_tokens=30, min_packs=9)
+    check_that_packs_are_filled(plan)
+    assert sorted(index for packed in plan[0] for index in packed) == list(range(len(lengths)))
+    assert max(sum(lengths[index] for index in packed) for packed in plan[0]) <= 30
 
 
 def test_spare_packs_share_the_tokens_evenly() -> None:

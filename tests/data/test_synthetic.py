@@ -143,7 +143,7 @@ def test_problem_files_are_read_back_and_written_whole_or_not_at_all(tmp_path: P
     [
         ({"num_terms": (5, 3)}, r"num_terms \(5, 3\) must be a range that starts at 2 or more"),
         ({"step_error": 1.5}, r"step_error 1.5 is outside \[0, 1\]"),
-        ({"max_term": 0}, "max_term 0 < 1"),
+        ({"max_term": 0}, "max_term 0 is not at least 1"),
     ],
 )
 def test_impossible_tasks_are_refused(wrong: dict, message: str) -> None:

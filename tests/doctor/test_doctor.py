@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import socket
@@ -41,7 +42,7 @@ def doctor(*options: str, site: Path | None = None) -> tuple[int, dict[str, Any]
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.stdout, done.stderr
     return done.returncode, {finding["subject"]: finding for finding in json.loads(done.stdout)["findings"]}
@@ -91,7 +92,7 @@ def test_the_exit_code_tells_of_broken_things(
         ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol: _ZN3c10"),
         ("import os; os.abort()", "killed by signal 6"),
         ("import os; os._exit(7)", "fails"),
-        ("import time; time.sleep(60)", "no end after 2 s"),
+        ("import time; time.sleep(300)", "no end after 2 s"),
         ("print('all is well')", ""),
     ],
 )
@@ -102,7 +103,7 @@ def test_an_import_that_fails_crashes_or_hangs_is_a_finding(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (finding,) = packages.check_imports(
-        [pin("planted", module="planted")], "cpu", timeout_s=2 if "sleep" in source else 60
+        [pin("planted", module="planted")], "cpu", timeout_s=2 if "sleep" in source else 300
     )
     if said:
         assert (finding.verdict, finding.cost) == ("broken", "a cost")
@@ -124,7 +125,7 @@ def test_a_crash_in_a_package_does_not_crash_the_doctor(tmp_path: Path) -> None:
     assert code == 1
 
 
-def test_only_a_cuda_machine_needs_driver_and_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_a_cuda_machine_needs_driver_and_nvcc(tmp_path: Path) -> None:
     subjects = {
         target: [f.subject for f in machine.check_machine(target, folder=tmp_path)] for target in ("cpu", "cuda")
     }
@@ -205,20 +206,27 @@ def test_the_extension_of_this_checkout_is_seen_as_torch_sees_it() -> None:
 
     from megatron_orz.ops.extension import has_kernel
 
-    finding = packages.check_extension("cpu", timeout_s=120)
+    finding = packages.check_extension("cpu", timeout_s=300)
     assert (finding.verdict == "ok") == has_kernel("packed_gae", "cpu")
-    on_cuda = packages.check_extension("cuda", timeout_s=120)
+    on_cuda = packages.check_extension("cuda", timeout_s=300)
     assert (on_cuda.verdict == "ok") == has_kernel("packed_gae", "cuda")
     assert torch.version.cuda is not None or "for the CPU alone" in on_cuda.found or finding.verdict != "ok"
 
 
-def test_every_finding_that_is_not_ok_has_a_cost_and_a_remedy(tmp_path: Path) -> None:
-    findings: list[Finding] = [
-        *packages.check_versions(MATRIX, "cuda"),
-        *machine.check_machine("cuda", folder=tmp_path),
-    ]
-    unwell = [finding for finding in findings if finding.verdict != "ok"]
-    assert unwell, "this machine lacks the CUDA build of vLLM or a driver, or the test says little"
+def test_every_finding_that_is_not_ok_has_a_cost_and_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every package, missing or of another version, and of a machine that has too little of everything."""
+    for name in ("LEAST_SHM_GIB", "LEAST_DISK_GIB", "LEAST_MEMORY_GIB"):
+        monkeypatch.setattr(machine, name, math.inf)
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "absent")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    unwell: list[Finding] = []
+    for installed in (None, "0.0"):
+        monkeypatch.setattr(packages, "installed_version", lambda name, installed=installed: installed)
+        unwell += packages.check_versions(MATRIX, "cuda")
+    of_machine = [f for f in machine.check_machine("cuda", folder=tmp_path) if f.verdict != "ok"]
+    assert {f.subject for f in of_machine} >= {"C++ compiler", "NVIDIA driver", "/dev/shm", "disk", "memory"}
+    unwell += of_machine
+    assert all(finding.verdict != "ok" for finding in unwell)
     assert all(finding.cost and finding.remedy for finding in unwell)
 
 

@@ -74,7 +74,7 @@ class Layout:
             ep=self.ep,
             sequence_parallel=self.sp,
             overlap=self.overlap,
-            timeout_s=60,
+            timeout_s=300,
         )
 
     @property

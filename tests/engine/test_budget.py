@@ -13,6 +13,7 @@ from megatron_orz.config import (
     CriticConfig,
     DataConfig,
     FleetConfig,
+    KLConfig,
     ModelConfig,
     OptimizerConfig,
     PPOConfig,
@@ -72,6 +73,14 @@ def test_the_moments_of_a_step_are_summed(qwen: Architecture, tmp_path: Path) ->
     )
     assert sums["while it trains"]["trainer"] > update["trainer"]
     assert sums["while it generates"]["server"] == 40 * GIB
+
+
+def test_a_reference_is_the_weights_of_the_policy_once_more(qwen: Architecture, tmp_path: Path) -> None:
+    plain = config(tmp_path)
+    with_reference = replace(plain, kl=KLConfig(coefficient=0.1, reference=tmp_path))
+    without, sums = (moments(c, qwen, qwen, world_size=8, gpu_bytes=80 * GIB) for c in (plain, with_reference))
+    for moment in ("while it trains", "during an update"):
+        assert sums[moment]["trainer"] - without[moment]["trainer"] == 2 * NUM_PARAMETERS
 
 
 def test_what_does_not_fit_is_refused_with_its_sums(qwen: Architecture, tmp_path: Path) -> None:

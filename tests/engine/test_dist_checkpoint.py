@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIMIZER = OptimizerConfig(lr=1e-3)
 LAYOUTS = {
     "one": ParallelConfig(),
-    "tp2": ParallelConfig(tp=2, sequence_parallel=True, timeout_s=120),
-    "pp2": ParallelConfig(pp=2, timeout_s=120),
-    "ep2": ParallelConfig(ep=2, timeout_s=120),
+    "tp2": ParallelConfig(tp=2, sequence_parallel=True, timeout_s=300),
+    "pp2": ParallelConfig(pp=2, timeout_s=300),
+    "ep2": ParallelConfig(ep=2, timeout_s=300),
 }
 SOME = ("qwen2", "qwen3", "qwen3_moe")  # biases and padded rows; tied embeddings; experts and a dense layer
 

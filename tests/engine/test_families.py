@@ -28,9 +28,9 @@ OPTIMIZER = OptimizerConfig(
 VALUE_HEAD_SEED = 11
 HIDDEN = 64
 
-TP2 = ParallelConfig(tp=2, sequence_parallel=True, timeout_s=120)  # experts need it, and it does no harm to the rest
-PP2 = ParallelConfig(pp=2, timeout_s=120)
-EP2 = ParallelConfig(ep=2, timeout_s=120)
+TP2 = ParallelConfig(tp=2, sequence_parallel=True, timeout_s=300)  # experts need it, and it does no harm to the rest
+PP2 = ParallelConfig(pp=2, timeout_s=300)
+EP2 = ParallelConfig(ep=2, timeout_s=300)
 WITH_EXPERTS = tuple(name for name in tiny.FAMILIES if "moe" in name or name == "mixtral")
 
 

@@ -163,6 +163,27 @@ def test_a_layer_keeps_about_what_is_planned(family: str, tmp_path: Path) -> Non
     assert 0.95 * planned < measured[3] - measured[2] < 1.8 * planned
 
 
+@pytest.mark.parametrize("pp", [2, 4])
+@pytest.mark.parametrize("vpp", [1, 2, 3])
+def test_the_first_stage_keeps_layers_of_all_micro_batches_under_way(pp: int, vpp: int, tmp_path: Path) -> None:
+    """Activations of L (1 + (pp - 1) / (pp vpp)) layers under the interleaved schedule, of L under the plain one
+    (Korthikanti et al., 2022)."""
+    tiny.config_of("qwen2", num_layers=24).save_pretrained(tmp_path)
+    architecture, parallel = read_architecture(tmp_path), ParallelConfig(pp=pp, vpp=vpp)
+    planned = model_memory(
+        architecture,
+        parallel,
+        0,
+        world_size=pp,
+        pack_tokens=100,
+        dtype="float32",
+        recompute="none",
+        value_head=False,
+    ).activations
+    num_layers = 24 * (1 + (pp - 1) / (pp * vpp)) if vpp > 1 else 24
+    assert planned == pytest.approx(100 * num_layers * layer_activations(architecture, parallel, num_bytes=4))
+
+
 def test_kv_cache_is_that_of_the_definition(tmp_path: Path) -> None:
     tiny.save_model(tmp_path)
     architecture = read_architecture(tmp_path)  # 4 layers, 2 key-value heads of 16

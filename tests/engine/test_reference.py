@@ -53,7 +53,13 @@ def test_it_holds_neither_gradients_nor_optimizer_states(model_dir: Path, mesh: 
     lent = reference.offload()["reference/offloaded_gib"] * 2**30
     # The rotary angles lie beside the weights.
     assert num_bytes <= lent < 1.5 * num_bytes
+    with pytest.raises(RuntimeError, match="the reference is offloaded"):
+        reference.copy_weights(policy)
     reference.reload()
+    policy.offload()
+    with pytest.raises(RuntimeError, match="the policy is offloaded"):
+        reference.copy_weights(policy)
+    policy.reload()
     assert torch.equal(log_probs_of(reference), log_probs_of(policy))
     with pytest.raises(AssertionError, match="the reference is frozen"):
         reference.step(packs(), policy_loss)

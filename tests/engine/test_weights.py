@@ -37,7 +37,7 @@ def _gather(path: Path) -> None:
     from megatron_orz.engine.megatron_engine import PolicyEngine
     from megatron_orz.engine.parallel import open_mesh
 
-    with open_mesh(ParallelConfig(pp=2, timeout_s=120), seed=0) as mesh:
+    with open_mesh(ParallelConfig(pp=2, timeout_s=300), seed=0) as mesh:
         policy = PolicyEngine(ModelConfig(path=path, optimizer=OptimizerConfig(lr=1e-3)), mesh)
         expected = load_file(path / "model.safetensors")
         own = {name for name in expected if "layers.2." in name or "layers.3." in name or name == "model.norm.weight"}

@@ -44,7 +44,7 @@ BAD: list[tuple[bytes, str]] = [
 
 @pytest.fixture(scope="module")
 def verifier():
-    with AnswerVerifier(timeout_s=20.0, num_workers=1) as verifier:
+    with AnswerVerifier(timeout_s=120.0, num_workers=1) as verifier:
         yield verifier
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from megatron_orz.evaluation import records as module
-from megatron_orz.evaluation.records import RecordFile, claim, read_json, read_records
-from megatron_orz.json_file import write_json
+from megatron_orz.evaluation.records import RecordFile, claim, read_identity, read_records
 from tests.evaluation.test_compare import record
 
 
@@ -21,6 +19,13 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     assert read_records(tmp_path / "r.jsonl") == written
     with RecordFile(tmp_path / "r.jsonl") as file:
         assert list(file.records.values()) == written
+
+
+def test_one_evaluation_at_a_time_writes_a_file(tmp_path: Path) -> None:
+    with RecordFile(tmp_path / "r.jsonl"), pytest.raises(ValueError, match="another process is evaluating into"):
+        RecordFile(tmp_path / "r.jsonl")
+    with RecordFile(tmp_path / "r.jsonl") as file:
+        file.append([record("a", 1)])
 
 
 @pytest.mark.parametrize("cut", [1, 17, 200])
@@ -59,22 +64,24 @@ def test_another_file_is_no_record(tmp_path: Path) -> None:
 
 def test_a_directory_belongs_to_one_run(tmp_path: Path) -> None:
     ours = {"weights": "abc", "data": {"x.json": "1"}, "path": Path("x")}
-    assert claim(tmp_path / "out", ours) is False
-    assert claim(tmp_path / "out", ours) is True
+    claim(tmp_path / "out", ours)
+    claim(tmp_path / "out", ours)
+    assert read_identity(tmp_path / "out") == ours | {"path": "x"}
     with pytest.raises(ValueError, match=r"another weights \('abc', not 'def'\); name another"):
         claim(tmp_path / "out", ours | {"weights": "def"})
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "scores.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1} == read_json(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
-    for text, sentence in (("{", "is no JSON"), ("[]", "holds no JSON object")):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=sentence):
-            read_json(path)
-    with pytest.raises(ValueError, match="does not exist"):
-        read_json(tmp_path / "nowhere.json")
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (None, "cannot be read"),
+        ("{", "is not valid JSON"),
+        ("[]", "is of no evaluation"),
+        ("{}", "is of no evaluation"),
+    ],
+)
+def test_another_directory_is_of_no_run(text: str | None, sentence: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / module.RUN_FILE).write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.json {sentence}.*; name the output directory of tools/evaluate"):
+        read_identity(tmp_path)

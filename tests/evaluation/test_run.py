@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,8 @@ from megatron_orz.evaluation.benchmark import Benchmark, load_benchmark
 from megatron_orz.evaluation.records import ItemRecord, RecordFile
 from megatron_orz.evaluation.run import answer_items
 from megatron_orz.evaluation.summary import summarise
+from megatron_orz.ranks import Ranks
+from megatron_orz.rewards.grading import ResponseGrader
 from megatron_orz.rewards.verifiers import AnswerVerifier
 from megatron_orz.types import Prompt, Rollout
 
@@ -65,7 +68,7 @@ class SeededFleet:
 
 @pytest.fixture(scope="module")
 def verifier():
-    with AnswerVerifier(timeout_s=20.0, num_workers=1) as verifier:
+    with AnswerVerifier(timeout_s=120.0, num_workers=1) as verifier:
         yield verifier
 
 
@@ -85,6 +88,7 @@ def evaluate(
         return answer_items(
             benchmark,
             fleet.generate,
+            ResponseGrader(verifier, TOKENIZER, Ranks()),
             verifier,
             TOKENIZER.decode,
             records,
@@ -157,11 +161,13 @@ def test_programs_are_not_put_to_the_vote_and_their_tests_not_recorded(
 
     with RecordFile(tmp_path / "r.jsonl") as file:
         programs = {tuple(TOKENIZER(str(n))["input_ids"]): f"```python\nprint({n})\n```" for n in (1, 2)}
+        tokenizer = SimpleNamespace(decode=lambda ids: programs[tuple(ids)])
         (record,) = answer_items(
             code,
             generate,
+            ResponseGrader(verifier, tokenizer, Ranks()),  # type: ignore[arg-type]
             verifier,
-            lambda ids: programs[tuple(ids)],
+            tokenizer.decode,
             file,
             num_responses=2,
             seed=0,

@@ -5,7 +5,8 @@
 
 Each fault gets one or two processes with a gloo group and a watchdog, all at once: forked from this one, which has
 imported torch and done nothing with it. Prints JSON: fault -> [{exit_code, seconds, stderr} of each rank]. Seconds are
-those since the fault. What has not ended after DEADLINE_S, or LATE_S after the other, is killed; its exit code is null.
+those since the fault. What has not ended after DEADLINE_S, or LATE_S after the one that waits for a stopped process, is
+killed; its exit code is null.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from megatron_orz.watchdog import Watchdog
 
 HANG_TIMEOUT_S = 10.0
 GRACE_S = 4.0
-DEADLINE_S = 60.0
+PATIENT_S = 60.0
+"""In place of both where nothing hangs, or where a rank ends by itself: however long a busy machine takes."""
+DEADLINE_S = 150.0
 ORDERLY_EXIT_CODE = 75
 LATE_S = 8.0
-"""How much longer than the first of two ranks the second may go on."""
 
 
 class Ranks:
@@ -61,6 +63,7 @@ class Ranks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+        watchdog.GRACE_S = GRACE_S if (fault, rank) in ENDED_BY_THE_WATCHDOG else PATIENT_S
         code = 1
         try:
             run(fault, rank, self.directory)
@@ -82,7 +85,8 @@ class Ranks:
                 os.kill(pid, signal.SIGKILL)
             ended, status = os.waitpid(pid, 0 if is_late else os.WNOHANG)
             if ended:
-                self.deadline = min(self.deadline, time.monotonic() + LATE_S)
+                if self.directory.name == is_stopped.__name__:
+                    self.deadline = min(self.deadline, time.monotonic() + LATE_S)
                 fault = self.directory / "fault"
                 self.ended[rank] = {
                     "exit_code": None if is_late else os.waitstatus_to_exitcode(status),
@@ -97,14 +101,16 @@ def run(fault: str, rank: int, directory: Path) -> None:
     torch.set_num_threads(1)
     with (
         plain_errors(),
-        Watchdog(directory, timeout_s=HANG_TIMEOUT_S) as dog,
+        Watchdog(directory, timeout_s=HANG_TIMEOUT_S if fault in HANGING else PATIENT_S) as dog,
         process_group(),
         dog.watching_peers(),
     ):
         for _ in range(3):
             dog.progress("exchange")
             dist.all_reduce(torch.ones(1))
-        time.sleep(2.0)  # the watchdogs know each other by then
+        while dog._peers is not None and not dog._peers._watched:
+            time.sleep(0.1)
+        wait_for_each_other()  # the watchdogs know each other
         dog.progress("the fault")
         FAULTS[fault](rank, directory)
 
@@ -232,6 +238,14 @@ def keeps_the_interpreter(rank: int, directory: Path) -> None:
 
 
 ALONE = ("waits_alone", "keeps_the_interpreter")
+HANGING = ("is_stopped", "waits_for_a_lock", "is_suspended_for_long", *ALONE)
+ENDED_BY_THE_WATCHDOG = {
+    *(("raises_while_the_other_works", 0), ("is_killed_while_the_other_works", 0)),
+    *(("rank_0_is_killed_with_the_store", 1), ("is_stopped", 0)),
+    *(("waits_for_a_lock", 0), ("waits_for_a_lock", 1)),
+    *((fault, 0) for fault in ALONE),
+}
+"""Ranks that would never end by themselves."""
 
 FAULTS = {
     function.__name__: function
@@ -256,5 +270,4 @@ if __name__ == "__main__":
     if "RANK" in os.environ:
         run(sys.argv[2], int(os.environ["RANK"]), Path(sys.argv[1]))
     else:
-        watchdog.GRACE_S = GRACE_S
         main(Path(sys.argv[1]), sys.argv[2:])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_orz.data.reading import RowError, read_rows
 from megatron_orz.logs import read_metrics
+from tests.data.test_forms import GPQA, TESTS, live_code_bench
 from tests.fuzz.inputs import altered, damaged, fuzz, json_values, refusal, sizes
 
 TRAINING = [
@@ -19,6 +20,13 @@ TRAINING = [
 ]
 EVALUATION = [{"prompt": [{"from": "user", "value": "1+1"}], "final_answer": "2"}]
 ROWS = [{"question": "1+1", "answer": "#### 2"}, {"question": "2+2", "answer": 4.0}]
+FORMS = [
+    GPQA,
+    {"question": "2+2", "choices": ["3", "4"], "answer": 1},
+    {"question": "Add one.", "tests": TESTS, "function": "add"},
+    live_code_bench(json.dumps(TESTS), '{"func_name": "add"}'),
+    {"question": "Add one.", "answer": json.dumps({"function": None, "tests": TESTS}), "kind": "code"},
+]
 
 
 def encoded(document: Any) -> bytes:
@@ -35,7 +43,12 @@ json_files = (
     | damaged(encoded(EVALUATION))
     | st.integers(1, 50_000).map(lambda depth: b"[" * depth)
 )
-jsonl_files = altered(ROWS).map(lines) | damaged(lines(ROWS)) | st.binary(max_size=60) | json_values.map(encoded)
+jsonl_files = (
+    st.one_of(altered(ROWS), altered(FORMS)).map(lines)
+    | damaged(lines(ROWS))
+    | st.binary(max_size=60)
+    | json_values.map(encoded)
+)
 
 
 @sizes(slow=8_000)

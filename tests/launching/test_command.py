@@ -81,7 +81,7 @@ def test_a_heterogeneous_job_has_two_groups_and_a_step_in_each(launch: Launch) -
     assert "--nodes=3" in steps["--het-group=1"]
 
 
-def test_options_with_spaces_and_quotes_reach_the_recipe_whole(launch: Launch, tmp_path: Path) -> None:
+def test_options_with_spaces_and_quotes_reach_the_recipe_whole(launch: Launch) -> None:
     odd = "a 'b' $HOME"
     words = ["examples/orz_7b.py", "--slurm", "--dry-run", "--nodes", "4", "--server-nodes", "2"]
     code, script, said = launch(*words, "--", "--run-dir", odd)

@@ -37,9 +37,9 @@ class ThreadRanks:
 
     def dp_all_gather(self, tensor: Tensor) -> Tensor:
         self.gathered[self.dp_rank] = tensor
-        self.barrier.wait(timeout=10)
+        self.barrier.wait(timeout=120)
         stacked = torch.stack(self.gathered)
-        self.barrier.wait(timeout=10)
+        self.barrier.wait(timeout=120)
         return stacked
 
 
@@ -78,7 +78,7 @@ def metrics_of(
         ranks = ThreadRanks(rank, gathered, barrier)
         if level is not None:
             return importance_metrics(experience, ranks, cap=1.5, level=level)
-        return experience_metrics(experience, moments, ranks)
+        return experience_metrics(experience, moments, ranks, has_critic=True)
 
     with ThreadPoolExecutor(len(shares)) as pool:
         first, *others = pool.map(of_rank, range(len(shares)))

@@ -121,7 +121,7 @@ def test_a_pack_without_loss_tokens_has_moments_0(gae: Gae) -> None:
 
 
 @needs_kernel
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
     gamma=st.floats(0, 1),

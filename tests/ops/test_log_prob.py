@@ -18,15 +18,6 @@ needs_kernel = pytest.mark.skipif(extension.NOT_BUILT is not None, reason="the C
 SIZES = [(0, 3, 5), (1, 1, 1), (1, 8, 2), (37, 24, 101), (64, 17, 668)]
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test with and without the extension."""
-    if request.param == "kernel" and extension.NOT_BUILT is not None:
-        pytest.skip("the C++ extension is not built")
-    if request.param == "reference":
-        monkeypatch.setattr(extension, "has_kernel", lambda *_: False)
-
-
 def set_workspace(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     monkeypatch.setattr(log_prob, "WORKSPACE_BYTES", {"cpu": num_bytes, "cuda": num_bytes})
 

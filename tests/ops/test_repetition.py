@@ -57,12 +57,13 @@ def test_long_sequences_agree_with_the_reference(num_symbols: int, period: int) 
 @pytest.mark.parametrize(
     ("tokens", "cu_seqlens", "message"),
     [
-        (torch.zeros(3), torch.tensor([0, 3]).int(), "int64 on the CPU, not torch.float32"),
+        (torch.zeros(3), torch.tensor([0, 3]).int(), "tokens is float32"),
         (torch.zeros(3, 1).long(), torch.tensor([0, 3]).int(), r"\[3, 1\]"),
-        (torch.zeros(3).long(), torch.tensor([0, 3]), "int32, not torch.int64"),
-        (torch.zeros(3).long(), torch.tensor([0, 4]).int(), r"to the 3 tokens, but is \[0, 4\]"),
+        (torch.zeros(3).long(), torch.tensor([0, 3]), "cu_seqlens is int64"),
+        (torch.zeros(3).long(), torch.tensor([0, 4]).int(), r"to the 3 packed tokens, but is \[0, 4\]"),
         (torch.zeros(3).long(), torch.tensor([0, 2, 1, 3]).int(), r"\[0, 2, 1, 3\]"),
         (torch.zeros(0).long(), torch.zeros(0).int(), r"is \[\]"),
+        (torch.zeros(3).long(), torch.zeros(2, device="meta").int(), r"cu_seqlens is int32 \[2\] on meta"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(tokens: Tensor, cu_seqlens: Tensor, message: str) -> None:

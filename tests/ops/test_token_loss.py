@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_orz.ops import log_prob, token_loss
 from megatron_orz.ops.log_prob import linear_log_prob
@@ -137,6 +138,43 @@ def test_each_token_of_the_mask_is_seen_once_and_in_order(monkeypatch: pytest.Mo
     fused(head, loss, *head.leaves())
     assert [len(index) for index in seen[:-1]] == [10] * (len(seen) - 1)
     assert torch.equal(torch.cat(seen), head.loss_mask.nonzero().squeeze(1))
+
+
+class Logits(TorchDispatchMode):
+    """Notes the bytes of every tensor with a column for each word."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size, self.num_bytes = vocab_size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default and out.shape[-1] == self.vocab_size:
+            self.num_bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("num_bytes", [60_000, 1 << 30], ids=["chunks", "one-chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_workspace_is_as_large_as_announced(
+    dtype: torch.dtype, num_bytes: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(token_loss, "WORKSPACE_BYTES", {"cpu": num_bytes, "cuda": num_bytes})
+    head = random_head(61, 24, 333, dtype, device)
+    with Logits(333) as logits:
+        fused(head, next_token, *head.leaves())
+    num_tokens = int(head.loss_mask.sum())
+    assert logits.num_bytes == token_loss.workspace_bytes(num_tokens, 333, dtype, device.type)
+    assert 0 < logits.num_bytes <= num_bytes
+
+
+def test_half_precision_gradients_lie_beside_their_logits_on_cuda() -> None:
+    """Float32 logits of 2048 tokens, and bfloat16 gradients of four times as many; a 7 B model on two ranks."""
+    rows = 152064 // 2
+    assert token_loss.workspace_bytes(32768, rows, torch.bfloat16, "cuda") == rows * (2048 * 4 + 8192 * 2)
+    assert token_loss.workspace_bytes(100, rows, torch.bfloat16, "cuda") == rows * 100 * (4 + 2)
+    assert token_loss.workspace_bytes(32768, rows, torch.float32, "cuda") == rows * 8192 * 4
+    assert token_loss.workspace_bytes(32768, 2 * rows, torch.float32, "cuda") <= 4 << 30
 
 
 def test_without_loss_tokens_the_loss_is_0_and_can_be_backpropagated() -> None:

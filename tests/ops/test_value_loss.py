@@ -16,15 +16,6 @@ EPS = 0.2
 SIZES = [(0, 16), (1, 1), (3, 7), (65, 33), (128, 64), (200, 101)]
 
 
-@pytest.fixture(params=["kernel", "reference"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs a test with and without the extension."""
-    if request.param == "kernel" and extension.NOT_BUILT is not None:
-        pytest.skip("the C++ extension is not built")
-    if request.param == "reference":
-        monkeypatch.setattr(extension, "has_kernel", lambda *_: False)
-
-
 def inputs(num_tokens: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """hidden, head, old_values, returns, weights; a third of the tokens has weight 0, values lie around the range."""
     generator = torch.Generator().manual_seed(num_tokens + hidden_size)

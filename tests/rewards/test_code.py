@@ -11,7 +11,7 @@ from megatron_orz.rewards.confinement import Limits
 from megatron_orz.types import Grade
 
 SUM = json.dumps({"function": None, "tests": [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6", "output": "11"}]})
-LIMITS = Limits(wall_s=10.0)
+LIMITS = Limits(wall_s=120.0)
 
 
 def response(program: str) -> str:

@@ -21,7 +21,7 @@ from megatron_orz.types import Grade, Prompt, Rollout
 from tests.launch import run_ranks
 from tests.rewards.test_grading import CASES, make_rollouts
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 
 
 class CountingVerifier(AnswerVerifier):
@@ -103,7 +103,7 @@ def check_two_ranks() -> None:
 def check_failure(ranks: Ranks) -> None:
     """The first rank fails at a response in the background, and both learn of it."""
     damaged = [replace(make_rollouts()[0], response_ids=["no token"])]  # type: ignore[list-item]
-    with AnswerVerifier(num_workers=1) as verifier:
+    with AnswerVerifier(timeout_s=DEADLINE_S, num_workers=1) as verifier:
         grader = ResponseGrader(verifier, build_tokenizer(), ranks)
         if ranks.rank == 0:
             grader.begin(damaged)

@@ -51,7 +51,7 @@ def check_grading(num_ranks: int) -> None:
     rollouts, ranks = make_rollouts(), Ranks()
     assert ranks.size == num_ranks
     graded_here = []
-    with AnswerVerifier(timeout_s=30.0, num_workers=1) as verifier:
+    with AnswerVerifier(timeout_s=120.0, num_workers=1) as verifier:
         grader = ResponseGrader(verifier, build_tokenizer(), ranks)
         graded = grader.grade(rollouts, on_grade=lambda: graded_here.append(None))
         assert len(grader.grade(rollouts[:1])) == 1
@@ -90,7 +90,7 @@ def test_the_kind_of_a_data_file_decides_how_its_responses_are_graded(tmp_path: 
     ids = tokenizer("<answer>\\boxed{2}</answer>")["input_ids"]
     fields = {"response_ids": ids, "rollout_log_probs": [0.0] * len(ids), "policy_version": 0}
     rollouts = [Rollout(prompt=prompt, finish_reason="stop", **fields) for prompt in prompts]  # type: ignore[arg-type]
-    with AnswerVerifier(timeout_s=30.0, num_workers=1) as verifier:
+    with AnswerVerifier(timeout_s=120.0, num_workers=1) as verifier:
         graded = ResponseGrader(verifier, tokenizer, Ranks()).grade(rollouts)
     grades = [rollout.grade for rollout in graded if rollout.grade is not None]
     assert [(grade.reward, grade.extracted) for grade in grades] == [(1.0, "2"), (0.0, "2"), (0.0, None)]

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_orz.rewards import math_worker
+from megatron_orz.rewards import math_answer, math_worker
 from megatron_orz.rewards.math_answer import Verifier, extract_answer, quick_verdict
 from megatron_orz.types import Grade
 
@@ -30,7 +30,7 @@ def boxed(answer: str) -> str:
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(timeout_s=10.0) as verifier:
+    with Verifier(timeout_s=120.0) as verifier:
         yield verifier
 
 
@@ -40,8 +40,14 @@ def compare(verifier: Verifier, pairs: list[tuple[str, str]]) -> list[bool]:
 
 def workers() -> list[psutil.Process]:
     """The verifier processes of this test session, those that are alive."""
-    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in children if any("math_worker" in part for part in child.cmdline())]
+    return [child for child in psutil.Process().children() if is_worker(child)]
+
+
+def is_worker(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and any("math_worker" in part for part in process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended since it was listed
+        return False
 
 
 def pattern_answer(response: str) -> str | None:
@@ -260,8 +266,8 @@ def test_repeated_pairs_are_compared_once(verifier: Verifier) -> None:
     before = sum(worker.cpu_times().user for worker in workers())
     grades = verifier.grade([(boxed("ab+2a+5b+10"), "stop", "(a+5)(b+2)")] * 20_000)
     assert all(grade.reward == 1.0 for grade in grades)
-    # One comparison takes milliseconds, 20,000 would take over a minute.
-    assert sum(worker.cpu_times().user for worker in workers()) - before < 2.0
+    # One comparison takes milliseconds, and perhaps the start of a process; 20,000 would take over a minute.
+    assert sum(worker.cpu_times().user for worker in workers()) - before < 20.0
 
 
 def test_workers_import_neither_torch_nor_the_training_script(verifier: Verifier) -> None:
@@ -271,9 +277,10 @@ def test_workers_import_neither_torch_nor_the_training_script(verifier: Verifier
         assert not any("torch" in region.path for region in worker.memory_maps())
 
 
-def test_bombs_cost_their_deadline_and_nothing_else() -> None:
+def test_bombs_cost_their_deadline_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     good = [(boxed(f"\\frac{{{2 * number}}}{{2}}"), "stop", str(number)) for number in range(1, 11)]
-    with Verifier(timeout_s=1.5) as verifier:
+    be_quick_with(BOMBS, monkeypatch)
+    with Verifier() as verifier:
         verifier.grade(good[:2])
         start = time.monotonic()
         grades = verifier.grade([*good[:5], *((boxed(bomb), "stop", r"\frac{x+1}{7}") for bomb in BOMBS), *good[5:]])
@@ -281,8 +288,19 @@ def test_bombs_cost_their_deadline_and_nothing_else() -> None:
     bombs = grades[5:8]
     assert [(bomb.timed_out, bomb.is_correct, bomb.reward) for bomb in bombs] == [(True, False, 0.0)] * 3
     assert [grade.reward for grade in grades[:5] + grades[8:]] == [1.0] * 10
-    # Two deadlines in a row on one of the two processes, and the starts of new ones.
-    assert elapsed_s < 2 * 1.5 + 20
+    # Two deadlines in a row on one of the two processes, and the starts of new ones on a busy machine.
+    assert elapsed_s < 2 * 1.5 + 120
+
+
+def be_quick_with(endless: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short deadline for comparisons without an end, and one for all others that a busy machine keeps."""
+    compare = math_answer._Worker.compare
+
+    def patient(worker: math_answer._Worker, answer: str, reference: str | None) -> bool | None:
+        worker._timeout_s = 1.5 if answer in endless else 120.0
+        return compare(worker, answer, reference)
+
+    monkeypatch.setattr(math_answer._Worker, "compare", patient)
 
 
 def test_memory_of_a_worker_is_limited(verifier: Verifier) -> None:
@@ -299,6 +317,7 @@ def test_killed_workers_are_replaced_and_a_pair_that_kills_two_is_undecided() ->
     with Verifier(timeout_s=60.0, num_workers=1) as verifier:
         [first] = verifier.grade([(boxed("1/2"), "stop", "0.5")])
         [idle] = own()
+        start_s = idle.cpu_times().user
         idle.kill()
         [second] = verifier.grade([(boxed("1/4"), "stop", "0.25")])
         assert first.reward == second.reward == 1.0
@@ -310,7 +329,7 @@ def test_killed_workers_are_replaced_and_a_pair_that_kills_two_is_undecided() ->
             while not is_done.wait(0.1):
                 for worker in own():
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        if worker.cpu_times().user > 3.0:  # starting takes about 1
+                        if worker.cpu_times().user > 2 * start_s + 1:
                             worker.kill()
 
         killer = threading.Thread(target=kill_whoever_runs_long)
@@ -325,7 +344,7 @@ def test_killed_workers_are_replaced_and_a_pair_that_kills_two_is_undecided() ->
 
 def test_closing_ends_the_processes() -> None:
     before = {worker.pid for worker in workers()}
-    with Verifier() as verifier:
+    with Verifier(timeout_s=120.0) as verifier:
         verifier.grade([(boxed("1/2"), "stop", "0.5")])
         assert {worker.pid for worker in workers()} > before
     assert {worker.pid for worker in workers()} == before
@@ -351,4 +370,4 @@ def test_worker_program_ends_with_its_connection() -> None:
     ours.send_bytes(b'["1/2", "0.5"]')
     assert ours.recv_bytes() == b"true"
     ours.close()
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0

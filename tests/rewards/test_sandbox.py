@@ -13,8 +13,10 @@ import pytest
 
 from megatron_orz.rewards import sandbox
 from megatron_orz.rewards.confinement import Limits, installations
-from megatron_orz.rewards.sandbox import Outcome, run_python
+from megatron_orz.rewards.sandbox import Outcome
 
+PATIENT = Limits(wall_s=120.0)
+"""For what is to end by itself, on a machine however busy."""
 # A machine that refuses the namespaces of root alone, and one that refuses all.
 REFUSALS = {"as_user": "not flags & confinement._NEWUSER", "limits": "True"}
 
@@ -39,6 +41,10 @@ def isolation(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     if granted != expected:
         pytest.skip(f"this machine grants {granted}, not {expected}")
     return expected
+
+
+def run_python(program: str, *, stdin: bytes = b"", limits: Limits = PATIENT) -> Outcome:
+    return sandbox.run_python(program, stdin=stdin, limits=limits)
 
 
 def output(outcome: Outcome) -> str:
@@ -83,7 +89,7 @@ def test_deadline_and_processor_time_end_it_with_all_it_started(isolation: str) 
     start = time.monotonic()
     outcome = run_python(sleeper.format(0.125), limits=Limits(wall_s=1.0, num_processes=processes()))
     assert outcome.timed_out
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
     spinner = run_python("while True: pass", limits=Limits(wall_s=200.0, cpu_s=1.0))
     assert spinner.timed_out
     assert not run_python("import os\nos.kill(os.getpid(), 9)\nos._exit(3)").timed_out
@@ -100,11 +106,11 @@ def processes() -> int:
 
 
 def roomy() -> Limits:
-    return Limits(num_processes=processes())
+    return PATIENT._replace(num_processes=processes())
 
 
 def test_memory_files_and_output_are_bounded(isolation: str) -> None:
-    limits = Limits(memory_gib=0.25, scratch_mib=2.0)
+    limits = PATIENT._replace(memory_gib=0.25, scratch_mib=2.0)
     assert b"MemoryError" in run_python("x = bytearray(2**29)", limits=limits).stderr
     flood = run_python("import sys\nwhile True: sys.stdout.write('x' * 65536)", limits=limits)
     assert flood.exit_code != 0
@@ -141,7 +147,7 @@ class TestNamespaces:
 
     def test_all_files_together_are_bounded(self) -> None:
         program = "for i in range(100): open(str(i), 'wb').write(bytes(2**19))"
-        outcome = run_python(program, limits=Limits(scratch_mib=2.0))
+        outcome = run_python(program, limits=PATIENT._replace(scratch_mib=2.0))
         assert b"No space left" in outcome.stderr
 
     def test_no_other_process_is_seen_or_signalled(self) -> None:
@@ -169,7 +175,7 @@ class TestNamespaces:
         """
         if os.geteuid() == 0 and sandbox._CONFINEMENT.name != "confinement.py":
             pytest.skip("the kernel does not count the processes of root, which stays root without its own namespaces")
-        assert int(output(run_python(dedented(program), limits=Limits(num_processes=8)))) <= 8
+        assert int(output(run_python(dedented(program), limits=PATIENT._replace(num_processes=8)))) <= 8
 
     def test_threads_with_a_deep_stack_run(self) -> None:
         program = """

@@ -91,7 +91,7 @@ AGREED = [
 
 @pytest.fixture(scope="module")
 def verifier():
-    with Verifier(timeout_s=20.0, num_workers=1) as verifier:
+    with Verifier(timeout_s=120.0, num_workers=1) as verifier:
         yield verifier
 
 

@@ -23,7 +23,7 @@ from torch.distributed import distributed_c10d as c10d
 from megatron_orz.rollout.servers import RefusedError, UnreachableError
 from megatron_orz.types import NamedWeights
 
-_TIMEOUT = timedelta(seconds=60)
+_TIMEOUT = timedelta(seconds=240)
 
 
 def fingerprints(weights: NamedWeights, *, dtype: torch.dtype) -> dict[str, str]:

@@ -32,6 +32,8 @@ class Faults:
     """Each answer takes this long; tokens are computed meanwhile."""
     slow_s: float = 0.0
     """Answers to prompts whose ids have a sum divisible by five take this long."""
+    holds: bool = False
+    """No answer comes until other faults are armed; tokens are computed meanwhile."""
     is_stuck: bool = False
     """No answer comes, no token is computed, and everything else works."""
     reply: str | None = None
@@ -54,6 +56,8 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.version = "default"
         self.faults = faults
+        self.others_armed = Event()
+        """Set when other faults are armed."""
         self.num_tokens = 0
         self.calls: list[str] = []
         self.requests: list[dict[str, Any]] = []
@@ -84,7 +88,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         match self.path:
             case "/fault":
-                self.server.faults = replace(Faults(), **body)
+                with self.server.lock:
+                    self.server.faults = replace(Faults(), **body)
+                    self.server.others_armed.set()
+                    self.server.others_armed = Event()
                 self._send(200, "{}")
             case "/update_weight_version":
                 self.server.version = body["new_version"]
@@ -101,9 +108,11 @@ class _Handler(BaseHTTPRequestHandler):
         prompt, first = request["token_ids" if has_spans else "prompt"], self.server.version
         with self.server.lock:
             self.server.requests.append(request)
-        faults = self.server.faults
+            faults, others_armed = self.server.faults, self.server.others_armed
         if faults.is_stuck:
             Event().wait()
+        if faults.holds:
+            others_armed.wait()
         time.sleep(faults.slow_s if sum(prompt) % 5 == 0 else faults.delay_s)
         if faults.drops:
             self.close_connection = True

@@ -30,6 +30,7 @@ from megatron_orz.types import Metrics, NamedWeights, Prompt, RepeatableWeights,
 from tests.rollout import stand_in
 
 SAMPLING = SamplingConfig(max_response_tokens=8, temperature=0.5, stop=("end",))
+_TIMEOUT_S = 60.0
 
 
 class VersionSender:
@@ -72,16 +73,31 @@ class StandIns:
 
     def fault(self, index: int, **faults: Any) -> None:
         """Arms faults of one server, in place of those armed before."""
-        httpx.post(f"{self.processes[index].url}/fault", json=faults, trust_env=False).raise_for_status()
+        url = f"{self.processes[index].url}/fault"
+        httpx.post(url, json=faults, timeout=_TIMEOUT_S, trust_env=False).raise_for_status()
+
+    def hold(self, *indices: int) -> None:
+        """Has servers keep their answers until `release`."""
+        for index in indices:
+            self.fault(index, holds=True)
+
+    def release(self, *indices: int) -> None:
+        """Has servers answer what they hold, and whatever comes."""
+        for index in indices:
+            self.fault(index)
 
     def requests(self, index: int) -> list[dict[str, Any]]:
         """The generation requests one server has got."""
-        answer: list[dict[str, Any]] = httpx.get(f"{self.processes[index].url}/requests", trust_env=False).json()
+        answer: list[dict[str, Any]] = self._get(index, "requests")
         return answer
+
+    def num_requests(self) -> int:
+        """The generation requests all servers have got."""
+        return sum(len(self.requests(index)) for index in self.processes)
 
     def calls(self, index: int) -> list[str]:
         """The other POSTs one server has got."""
-        answer: list[str] = httpx.get(f"{self.processes[index].url}/calls", trust_env=False).json()
+        answer: list[str] = self._get(index, "calls")
         return answer
 
     def generate(self, prompts: Sequence[Prompt], *, seed: int = 0) -> list[Rollout]:
@@ -93,6 +109,9 @@ class StandIns:
         """As a run does it, with weights that can be gathered again."""
         self.fleet.update_weights(RepeatableWeights(lambda: iter([])), version)
 
+    def _get(self, index: int, what: str) -> Any:
+        return httpx.get(f"{self.processes[index].url}/{what}", timeout=_TIMEOUT_S, trust_env=False).json()
+
 
 def stand_in_launch(port: int, **faults: Any) -> Launch:
     """How a stand-in is started, with faults from the start."""
@@ -102,12 +121,15 @@ def stand_in_launch(port: int, **faults: Any) -> Launch:
 
 @contextmanager
 def open_stand_ins(run_dir: Path, num_servers: int, **fleet: Any) -> Iterator[StandIns]:
-    config = FleetConfig(**{"num_servers": num_servers, "start_timeout_s": 20, **fleet})
+    config = FleetConfig(**{"num_servers": num_servers, "start_timeout_s": 120, **fleet})
     processes: dict[int, InferenceServer] = {}
+    ports: set[int] = set()  # a server that starts may not listen yet when a port is looked for for the next one
 
     def start(index: int) -> Any:
         def run(num_restarts: int) -> Running:
-            port = free_port()
+            while (port := free_port()) in ports:
+                continue
+            ports.add(port)
             process = InferenceServer(
                 stand_in_launch(port),
                 start_timeout_s=config.start_timeout_s,

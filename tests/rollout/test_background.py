@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import time
+from functools import partial
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -20,13 +21,11 @@ def test_servers_generate_in_the_background(tmp_path: Path) -> None:
     prompts = make_prompts(6)
     with open_stand_ins(tmp_path, 2) as servers:
         servers.update(1)
-        for index in range(2):
-            servers.fault(index, delay_s=1.0, slow_s=1.0)
-        started = time.monotonic()
+        servers.hold(0, 1)
         under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
-        assert time.monotonic() - started < 0.5
+        wait_for(lambda: servers.num_requests() == 6)
+        servers.release(0, 1)
         assert contents(under_way.result()) == expected(prompts, version=1)
-        assert time.monotonic() - started >= 1.0
         servers.kill(0)
         servers.kill(1)
         under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
@@ -38,28 +37,28 @@ def test_an_update_waits_for_what_was_asked_and_what_waits_gets_the_new_weights(
     prompts = make_prompts(12)
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=6) as servers:
         servers.update(1)
-        for index in range(2):
-            servers.fault(index, delay_s=1.0, slow_s=1.0)
+        servers.hold(0, 1)
         under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
-        wait_for(lambda: sum(len(servers.requests(index)) for index in range(2)) >= 4)
-        servers.update(2)
-        rollouts = under_way.result()
-        num_old = sum(rollout.policy_version == 1 for rollout in rollouts)
-        assert 3 * 4 <= num_old < 3 * 12
+        wait_for(lambda: servers.num_requests() == 4)
+        update = Timer(0, servers.update, [2])
+        update.start()
+        wait_for(lambda: servers.group._router._is_held)
+        servers.release(0, 1)
+        update.join()
         old, new = expected(prompts, version=1), expected(prompts, version=2)
-        assert contents(rollouts) == old[:num_old] + new[num_old:]
+        assert contents(under_way.result()) == old[: 3 * 4] + new[3 * 4 :]
 
 
 def test_responses_under_way_go_on_with_the_new_weights(tmp_path: Path) -> None:
     prompts = make_prompts(4)
     with open_stand_ins(tmp_path, 2, swaps_within_responses=True) as servers:
         servers.update(1)
-        for index in range(2):
-            servers.fault(index, delay_s=3.0, slow_s=3.0)
+        servers.hold(0, 1)
         under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
-        wait_for(lambda: sum(len(servers.requests(index)) for index in range(2)) == 4)
+        wait_for(lambda: servers.num_requests() == 4)
         servers.update(3)
         assert servers.group.metrics()["fleet/servers_up"] == 2
+        servers.release(0, 1)
         rollouts = under_way.result()
         assert [rollout.spans for rollout in rollouts] == [[(1, 3), (3, 3)]] * 12
         old, new = (expected(prompts, version=version, is_seeded=False) for version in (1, 3))
@@ -72,16 +71,18 @@ def test_what_somebody_waits_for_comes_before_the_background_and_older_before_ne
     """One request at a time, so that the order in which they arrive is the order in which they were dealt out."""
     prompts = make_prompts(3)
     with open_stand_ins(tmp_path, 1, max_rollouts_in_flight=1) as servers:
-        servers.fault(0, delay_s=0.4, slow_s=0.4)
+        servers.hold(0)
         under_way = [servers.fleet.start(prompts, num_responses=1, seed=seed, answers={}) for seed in (1, 2)]
         wait_for(lambda: len(servers.requests(0)) == 1)
-        servers.fleet.generate(prompts, num_responses=1, seed=3)
+        somebody = Timer(0, servers.fleet.generate, [prompts], {"num_responses": 1, "seed": 3})
+        somebody.start()
+        wait_for(lambda: len(servers.group._router._lists) == 3)
+        servers.release(0)
+        somebody.join()
         for rollouts in under_way:
             rollouts.result()
         seeds = [int(request["request_id"].split("-s")[1].split("-")[0]) for request in servers.requests(0)]
-        first = seeds.index(3)
-        assert seeds[first : first + 3] == [3] * 3
-        assert [seed for seed in seeds if seed != 3] == [1] * 3 + [2] * 3
+        assert seeds == [1, 3, 3, 3, 1, 1, 2, 2, 2]
 
 
 def test_what_is_begun_at_once_is_dealt_out_in_its_order(tmp_path: Path) -> None:
@@ -112,13 +113,17 @@ def test_an_update_that_kills_servers_leaves_the_background_to_those_started_ane
     prompts = make_prompts(12)
     with open_stand_ins(tmp_path, 2, swaps_within_responses=True) as servers:
         servers.update(1)
-        for index in range(2):
-            servers.fault(index, delay_s=30.0, slow_s=30.0)
+        servers.hold(0, 1)
         under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
-        wait_for(lambda: sum(len(servers.requests(index)) for index in range(2)) == 12)
+        wait_for(lambda: servers.num_requests() == 12)
+        has_memory, router = servers.group._has_memory, servers.group._router
+        servers.group._portal.call(has_memory.clear)  # one that is killed comes back after the update
         servers.kill(1)
         servers.update(2)  # the other one waits in its old requests, which its new weights finish
+        servers.group._portal.call(has_memory.set)
         wait_for(all_up(servers.group))
+        # As an update begins: without it, a moment with no server would end the background.
+        servers.group._portal.call(partial(router.hold, until_answered=False))
         servers.kill(0)
         servers.update(3)
         assert contents(under_way.result()) == expected(prompts, version=3, is_seeded=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,14 @@ def test_slots_are_filled_again_as_responses_end(tied_checkpoint: Path) -> None:
     num_draining = max(lengths)
     assert all(rows == 8 for rows in num_rows[:-num_draining])
     assert len(num_rows) <= -(-sum(lengths) // 8) + num_draining
+
+
+def test_the_last_ones_begin_as_soon_as_there_is_room_though_they_are_few(tied_checkpoint: Path) -> None:
+    """Seventeen responses in sixteen slots: the last begins when two slots are free, an eighth of them."""
+    prompts = [replace(prompt, token_ids=prompt.token_ids[:5]) for prompt in make_prompts(17)]
+    num_rows, lengths = num_rows_of_steps(fleet_of(tied_checkpoint, max_batch_rollouts=16), prompts, num_responses=1)
+    second_end = sorted(lengths[:16])[1]
+    assert len(num_rows) == max(*lengths[:16], second_end + lengths[16])
 
 
 def test_prompts_of_one_token_need_no_prefill(tied_checkpoint: Path) -> None:

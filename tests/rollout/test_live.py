@@ -15,7 +15,7 @@ import pytest
 from megatron_orz.config import FleetConfig, SamplingConfig
 from megatron_orz.rollout.fleet import open_fleet
 from megatron_orz.rollout.live import LiveServer
-from megatron_orz.rollout.servers import ServerError
+from megatron_orz.rollout.servers import ServerError, free_port
 from tests.rollout.conftest import character_tokenizer, make_prompts, model_config, tiny_model
 
 SAMPLING = SamplingConfig(max_response_tokens=12, temperature=0.7, top_p=0.9)
@@ -131,7 +131,7 @@ def test_answers_of_another_kind_are_named(choices: Any, sentence: str) -> None:
     ("status", "value", "sentence"),
     [
         (500, {"error": "out of memory"}, "answered 500: .*out of memory"),
-        (200, b"<html>", "is no JSON"),
+        (200, b"<html>", "something else than JSON"),
         (200, [], "no JSON object"),
         (200, {"data": []}, "serves no model"),
         (404, {}, "serves no model"),
@@ -154,7 +154,7 @@ def test_a_server_that_says_nothing_ends_at_the_deadline() -> None:
 
     def answer(path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None:
-            release.wait(20)
+            release.wait(120)
         return Server().answer(path, body)
 
     with serving(answer) as url:
@@ -170,7 +170,7 @@ def test_the_server_of_a_run_answers_as_it_answers_the_run(tmp_path: Path) -> No
     checkpoint, prompts = tmp_path / "model", make_prompts(6)
     tiny_model(tied=False, seed=1).save_pretrained(checkpoint)
     character_tokenizer().save_pretrained(checkpoint)
-    port = 18731
+    port = free_port()
     fleet = FleetConfig(kind="vllm", port=port, max_model_tokens=64, kv_cache_gib=0.1, cpu_threads=1)
     with open_fleet(fleet, SAMPLING, model_config(checkpoint), run_dir=tmp_path) as running:
         live = LiveServer(f"http://127.0.0.1:{port}", SAMPLING, request_timeout_s=300.0)

@@ -1,5 +1,5 @@
 """The supervisor ends everything below it. The stand-in for a server starts a child that is as hard to end as can be:
-it ignores SIGTERM, and is in a session of its own."""
+it ignores SIGTERM, is in a session of its own, and has a name that is no text."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ import pytest
 from megatron_orz.rollout import process
 from megatron_orz.rollout.process import SupervisedProcess
 
-STUBBORN_CHILD = (
-    "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
-)
+STUBBORN_CHILD = r"""
+import ctypes, signal, time
+set_name = 15
+ctypes.CDLL(None).prctl(set_name, b"\xff) (\xff")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("ready", flush=True)
+time.sleep(600)
+"""
 SERVER = f"""
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", {STUBBORN_CHILD!r}], start_new_session=True)
@@ -38,7 +43,7 @@ time.sleep(600)
 """
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -55,7 +60,14 @@ def tree(supervisor_pid: int, log_path: Path) -> list[psutil.Process]:
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
-    return all(not p.is_running() or p.status() == psutil.STATUS_ZOMBIE for p in processes)
+    return all(map(is_gone, processes))
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:  # it has ended since the first look
+        return True
 
 
 @pytest.fixture
@@ -66,6 +78,7 @@ def log_path(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_GRACE_S", 0.5)
+    monkeypatch.setattr(process, "_END_S", 120.0)
 
 
 def start(program: str, log_path: Path) -> SupervisedProcess:
@@ -111,7 +124,7 @@ def test_a_killed_server_takes_its_children_along(log_path: Path) -> None:
     with start(SERVER, log_path) as server:
         processes = tree(server.pid, log_path)
         processes[1].kill()
-        assert server.exit_code(wait_s=20) == 128 + signal.SIGKILL
+        assert server.exit_code(wait_s=120) == 128 + signal.SIGKILL
         assert are_gone(processes)
 
 
@@ -126,7 +139,7 @@ def test_a_killed_supervisor_takes_the_server_along(log_path: Path) -> None:
 def test_the_exit_code_and_the_reason_of_an_early_end_are_known(log_path: Path) -> None:
     program = "import sys; print('loading'); raise OSError('no such weights')"
     with start(program, log_path) as server:
-        assert server.exit_code(wait_s=20) == 1
+        assert server.exit_code(wait_s=120) == 1
         assert server.last_words().startswith("OSError: no such weights\n...\nloading\nTraceback")
 
 
@@ -134,9 +147,16 @@ def test_a_second_server_writes_below_the_first_and_is_judged_by_its_own_words(l
     for word in ("first", "second"):
         command = [sys.executable, "-c", f"raise OSError('the {word}')"]
         with SupervisedProcess(command, environment=os.environ, log_path=log_path) as server:
-            assert server.exit_code(wait_s=20) == 1
+            assert server.exit_code(wait_s=120) == 1
             assert server.last_words().startswith(f"OSError: the {word}\n...\nTraceback")
     assert "OSError: the first" in log_path.read_text()
+
+
+def test_a_log_that_is_gone_is_said_in_place_of_its_words(log_path: Path) -> None:
+    with start("raise OSError('no such weights')", log_path) as server:
+        assert server.exit_code(wait_s=20) == 1
+        log_path.unlink()
+        assert server.last_words().startswith("it cannot be read: [Errno 2]")
 
 
 def test_a_running_server_has_no_exit_code(log_path: Path) -> None:

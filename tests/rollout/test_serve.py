@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from megatron_orz.rollout.token import TOKEN_VARIABLE
+
 pytest.importorskip("vllm")
 
 TOOL = Path(__file__).parents[2] / "tools" / "serve.py"
@@ -20,8 +22,14 @@ class Replaced(BaseException):
     """This process would be another one by now."""
 
 
-def serve(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    """The command and the environment the tool ends in."""
+def serve(
+    monkeypatch: pytest.MonkeyPatch, *arguments: str, token: str | None = "a-secret"
+) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment the tool ends in. token: of its own environment."""
+    if token is None:
+        monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
     spec = importlib.util.spec_from_file_location("serve", TOOL)
     assert spec is not None
     assert spec.loader is not None
@@ -52,10 +60,17 @@ def test_the_server_is_the_one_a_run_would_start(monkeypatch: pytest.MonkeyPatch
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
 
 
-def test_a_directory_without_a_model_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("token", "sentence"), [("a-secret", "holds no config.json"), (None, "ORZ_SERVER_TOKEN is not set")]
+)
+def test_what_cannot_be_served_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    token: str | None,
+    sentence: str,
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        serve(monkeypatch, str(tmp_path))
+        serve(monkeypatch, str(tmp_path), token=token)
     assert ended.value.code == 2
-    assert "holds no config.json" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err

@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import signal
-import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_orz.rollout import replica
+from megatron_orz.rollout.client import GenerationRequest
 from megatron_orz.rollout.server_group import ServerGroup
 from megatron_orz.rollout.servers import RefusedError, ServerError
 from megatron_orz.types import NamedWeights, Rollout
@@ -31,6 +31,12 @@ def states(group: ServerGroup) -> list[str]:
     return [server.phase for server in group._replicas]
 
 
+@pytest.fixture
+def patient_with_ends(impatient_watch: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed server has ended when its failure is told, however long a busy machine takes to end it."""
+    monkeypatch.setattr(replica, "_DEATH_WAIT_S", 120.0)
+
+
 def all_up(group: ServerGroup) -> Callable[[], bool]:
     return lambda: all(server.is_up for server in group._replicas)
 
@@ -38,35 +44,46 @@ def all_up(group: ServerGroup) -> Callable[[], bool]:
 def test_siblings_go_to_one_server_and_prompts_to_all(tmp_path: Path) -> None:
     prompts = make_prompts(40)
     with open_stand_ins(tmp_path, 3) as servers:
-        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
+        servers.hold(0, 1, 2)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
+        wait_for(lambda: servers.num_requests() == 40)
         requests = [servers.requests(index) for index in range(3)]
-        assert min(map(len, requests)) >= 40 // 6
+        assert sorted(map(len, requests)) == [13, 13, 14]
         assert [request["n"] for of_server in requests for request in of_server] == [3] * 40
+        servers.release(0, 1, 2)
+        assert contents(under_way.result()) == expected(prompts, version=-1)
         servers.update(5)
         assert contents(servers.generate(prompts)) == expected(prompts, version=5)
 
 
-def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path) -> None:
+def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, ask = make_prompts(12), replica.Replica.ask
+    asked_for: list[int] = []
+
+    async def counting(asked: replica.Replica, request: GenerationRequest) -> list[Rollout]:
+        asked_for.append(asked.num_rollouts + request.num_responses)
+        return await ask(asked, request)
+
+    monkeypatch.setattr(replica.Replica, "ask", counting)
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=7) as servers:
-        for index in range(2):
-            servers.fault(index, delay_s=0.5)
-        most = 0
-        started = time.monotonic()
-        generation = Timer(0, servers.generate, [make_prompts(12)])
-        generation.start()
-        while generation.is_alive():
-            most = max(most, *(server.num_rollouts for server in servers.group._replicas))
-            time.sleep(0.01)
-        assert most == 6  # two requests of three, as a third would exceed seven
-        assert time.monotonic() - started > 1.4  # twelve requests, four at a time
+        servers.hold(0, 1)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
+        wait_for(lambda: servers.num_requests() == 4)
+        servers.release(0, 1)
+        assert contents(under_way.result()) == expected(prompts, version=-1)
+    assert len(asked_for) == 12
+    assert max(asked_for) == 6  # two requests of three, as a third would exceed seven
 
 
 def test_a_slow_server_gets_less_to_do(tmp_path: Path) -> None:
+    prompts = make_prompts(20)
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=6) as servers:
-        servers.fault(0, delay_s=0.5)
-        prompts = make_prompts(20)
-        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
-        assert len(servers.requests(0)) < len(servers.requests(1)) / 2
+        servers.hold(0)
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
+        wait_for(lambda: len(servers.requests(1)) == 18)
+        servers.release(0)
+        assert contents(under_way.result()) == expected(prompts, version=-1)
+        assert len(servers.requests(0)) == 2
 
 
 def kill_in_a_loop(run_dir: Path, *, seed: int, num_updates: int) -> None:
@@ -78,12 +95,20 @@ def kill_in_a_loop(run_dir: Path, *, seed: int, num_updates: int) -> None:
 
         def kill(index: int) -> None:
             # After an update that failed, the server may be between two processes.
-            with suppress(ValueError, ProcessLookupError, psutil.NoSuchProcess):
-                servers.kill(index)
+            with suppress(ValueError, psutil.NoSuchProcess):
+                process = psutil.Process(servers.pid(index))
+                process.kill()
+                process.wait(60)
                 kills.append(index)
 
+        def is_well(index: int) -> bool:
+            return servers.group._replicas[index].is_up and servers.group._portal.call(
+                servers.group._replicas[index].is_well
+            )
+
         for version in range(num_updates):
-            up = [index for index in range(3) if servers.group._replicas[index].is_up]
+            # The watch may not have noticed the last kills yet. One server that is well outlives the step.
+            up = [index for index in range(3) if is_well(index)]
             victims = draw.sample(up, k=min(len(up) - 1, draw.randint(1, 2)))
             timers = [Timer(draw.uniform(0, 0.3), kill, [victim]) for victim in victims]
             for timer in timers:
@@ -92,9 +117,8 @@ def kill_in_a_loop(run_dir: Path, *, seed: int, num_updates: int) -> None:
             assert contents(servers.generate(prompts)) == expected(prompts, version=version)
             for timer in timers:
                 timer.join()
-        wait_for(all_up(servers.group))
         assert kills
-        assert servers.group.metrics()["fleet/restarts"] >= 1
+        wait_for(lambda: servers.group.metrics()["fleet/restarts"] >= 1 and all_up(servers.group)())
 
 
 def test_killed_at_any_moment_in_a_loop_nothing_is_lost_and_nothing_twice(tmp_path: Path) -> None:
@@ -117,7 +141,7 @@ def test_a_server_that_was_started_anew_waits_for_the_weights(tmp_path: Path) ->
         assert servers.requests(0) == []
         servers.update(4)
         servers.generate(prompts)
-        assert len(servers.requests(0)) == 3
+        assert servers.requests(0)
 
 
 @pytest.mark.parametrize(
@@ -136,48 +160,83 @@ def test_a_faulty_server_is_replaced_and_its_requests_move_on(tmp_path: Path, fa
     prompts = make_prompts(10)
     with open_stand_ins(tmp_path, 2, stuck_timeout_s=0.5) as servers:
         servers.fault(0, **fault)
+        servers.hold(1)
         heard: list[Rollout] = []
         servers.fleet.listen(heard.extend)
-        assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
-        assert sorted(contents(heard)) == sorted(expected(prompts, version=-1))  # of every answer once
+        under_way = servers.fleet.start(prompts, num_responses=3, seed=0, answers={})
         wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
+        servers.release(1)
+        assert contents(under_way.result()) == expected(prompts, version=-1)
+        assert sorted(contents(heard)) == sorted(expected(prompts, version=-1))  # of every answer once
         assert servers.group.metrics()["fleet/retried_requests"] >= 3
+
+
+def test_a_server_that_is_suspected_and_given_up_at_once_has_one_watch_afterwards(tmp_path: Path) -> None:
+    """As by the third bad answer: the watch wakes in the moment in which it is cancelled."""
+    with open_stand_ins(tmp_path, 1) as servers:
+        (server,) = servers.group._replicas
+
+        def give_up() -> None:
+            server._suspicion.set()
+            server.fail("three requests in a row failed")
+
+        def num_watches() -> int:
+            return sum(task.get_coro().__qualname__ == "Replica._watch" for task in asyncio.all_tasks())
+
+        servers.group._portal.call(give_up)
+        wait_for(lambda: server.num_restarts == 1 and server.is_up)
+        assert servers.group._portal.call(num_watches) == 1
+
+
+def test_a_server_whose_watch_fails_is_lost_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(running: replica.Running, *, wait_s: float = 0.0) -> None:
+        raise OSError("the file system is gone")
+
+    with open_stand_ins(tmp_path, 1) as servers:
+        monkeypatch.setattr(replica.Running, "check_alive", broken)
+        wait_for(lambda: states(servers.group) == ["lost"])
+        with pytest.raises(ServerError, match=r"0 of 1 servers .*server 0: its watch failed: .* system is gone"):
+            servers.generate(make_prompts(1))
 
 
 def test_a_stopped_process_is_noticed_and_replaced(tmp_path: Path) -> None:
     prompts = make_prompts(10)
-    with open_stand_ins(tmp_path, 2, heartbeat_timeout_s=0.5) as servers:
+    with open_stand_ins(tmp_path, 2) as servers:
+        replica_0 = servers.group._replicas[0]
+        replica_0._heartbeat_timeout_s = 0.5  # the other one may be as slow as the machine
         os.kill(servers.pid(0), signal.SIGSTOP)
         assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
-        wait_for(lambda: servers.group._replicas[0].num_restarts == 1)
-        assert "took longer than 0.5 s" in servers.group._replicas[0].reason
+        wait_for(lambda: replica_0.num_restarts >= 1)
+        assert "took longer than 0.5 s" in replica_0.reason
 
 
 def test_a_late_answer_is_asked_of_another_server(tmp_path: Path) -> None:
     prompts = make_prompts(4)
-    with open_stand_ins(tmp_path, 2, request_timeout_s=0.5) as servers:
-        servers.fault(0, delay_s=3.0)
+    with open_stand_ins(tmp_path, 2) as servers:
+        servers.group._replicas[0].client._request_timeout_s = 0.5  # the other one may be as slow as the machine
+        servers.hold(0)
         assert contents(servers.generate(prompts)) == expected(prompts, version=-1)
         assert states(servers.group) == ["up", "up"]  # it computes tokens, so it is not to blame
 
 
 def test_requests_that_are_late_everywhere_end_with_the_remedy(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2, request_timeout_s=0.3) as servers:
-        for index in range(2):
-            servers.fault(index, delay_s=3.0)
+        servers.hold(0, 1)
         with pytest.raises(ServerError, match=r"took longer than 0\.3 s \(fleet\.request_timeout_s\); raise it"):
             servers.generate(make_prompts(4))
 
 
+@pytest.mark.usefixtures("patient_with_ends")
 def test_fewer_servers_than_the_minimum_end_the_run_with_the_reason(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 2, min_servers=2) as servers:
         servers.update(1)
-        for index in range(2):
-            servers.fault(index, delay_s=5, slow_s=5)
-        Timer(0.2, servers.kill, [0]).start()
+        servers.hold(0, 1)
+        under_way = servers.fleet.start(make_prompts(10), num_responses=3, seed=0, answers={})
+        wait_for(lambda: servers.num_requests() == 10)
+        servers.kill(0)
         reason = r"1 of 2 servers can answer, fewer than fleet\.min_servers = 2; server 0: .* ended with exit code 137"
         with pytest.raises(ServerError, match=reason):
-            servers.generate(make_prompts(10))
+            under_way.result()
 
 
 @pytest.mark.parametrize("up_again", ["amid-the-update", "while-the-others-are-looked-at", "at-its-end"])
@@ -201,7 +260,7 @@ def test_a_server_that_died_during_an_update_and_is_up_again_already_lacks_the_w
                 return
             servers.kill(0)
             if up_again != "while-the-others-are-looked-at":
-                wait_for(is_up_again, timeout_s=60)
+                wait_for(is_up_again)
             if fails:
                 raise RuntimeError("the connection broke")
 
@@ -248,10 +307,8 @@ def test_stragglers_are_dropped_once_enough_prompts_are_answered(tmp_path: Path)
     assert 20 <= len(fast) < 30
     with open_stand_ins(tmp_path, 2) as servers:
         for index in range(2):
-            servers.fault(index, slow_s=20.0)
-        started = time.monotonic()
+            servers.fault(index, slow_s=3600.0)
         answers = servers.group.generate(prompts, num_responses=3, seed=0, num_groups=20)
-        assert time.monotonic() - started < 15
         assert len(answers) == 20
         assert list(answers) == sorted(answers)
         assert answers.keys() <= set(fast)
@@ -280,6 +337,21 @@ def test_servers_sleep_and_wake_in_stages_and_the_dead_stay_dead_meanwhile(tmp_p
         assert servers.calls(0) == ["/sleep?level=2"]
 
 
+def test_a_server_that_does_not_fall_asleep_has_ended_before_its_memory_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(http: object) -> None:
+        raise ServerError("the allocator is in disorder")
+
+    with open_stand_ins(tmp_path, 2) as servers:
+        process = psutil.Process(servers.pid(0))
+        monkeypatch.setattr(servers.group._replicas[0].client, "sleep", refuse)
+        servers.group.sleep()
+        assert not process.is_running()
+        assert states(servers.group) == ["down", "up"]
+
+
+@pytest.mark.usefixtures("patient_with_ends")
 def test_without_memory_for_a_restart_too_few_servers_are_an_error_not_a_wait(tmp_path: Path) -> None:
     with open_stand_ins(tmp_path, 1) as servers:
         servers.group.sleep()

@@ -16,14 +16,20 @@ import torch
 
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.config import FleetConfig, TransportKind
-from megatron_orz.rollout import transport
+from megatron_orz.rollout import kinds, transport
 from megatron_orz.rollout.buckets import Bucket
 from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport, choose_transport
 from megatron_orz.rollout.verification import SAMPLING_PERIOD, WeightMismatch
+from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.types import NamedWeights
+from tests.rollout.conftest import model_config
 
 STARTED_WITHIN_S = 200.0
+DEADLINE_S = 240.0
+"""Of connecting and of updates."""
+AT_ONCE_S = 120.0
+"""However busy the machine is, what takes no longer has not waited for the deadline."""
 KINDS: list[TransportKind] = ["ipc", "gloo", "disk"]
 
 
@@ -61,7 +67,7 @@ def make_weights(seed: int, num_tensors: int = 40) -> NamedWeights:
 
 def make_sender(servers: list[BareServer], kind: TransportKind, folder: Path, **options: Any) -> WeightSender:
     sender = WeightSender(
-        servers, build_transport(kind, folder=folder), **{"timeout_s": 60, "verification": "full", **options}
+        servers, build_transport(kind, folder=folder), **{"timeout_s": DEADLINE_S, "verification": "full", **options}
     )
     sender.connect()
     return sender
@@ -111,13 +117,35 @@ def test_a_byte_flipped_on_the_way_is_found_and_named(
             sender.send(make_weights(0), 0)
 
 
+class Wrapped(BareServer):
+    """A server that others use as well, with something of its own between it and the trainer."""
+
+    def __init__(self, server: BareServer) -> None:
+        self.__dict__ = server.__dict__
+
+
+def test_every_server_is_verified(servers: list[BareServer], tmp_path: Path) -> None:
+    class Forgetful(Wrapped):
+        url = "http://127.0.0.1:2"
+
+        def post(self, path: str, body: Any = None, **options: Any) -> dict[str, Any]:
+            answer = super().post(path, body, **options)
+            if path == "/collective_rpc" and body["method"] == "weight_digests":
+                answer["results"][0]["layer.3"][0]["digest"] ^= 1
+            return answer
+
+    for both in ([servers[0], Forgetful(servers[1])], [Forgetful(servers[0]), servers[1]]):
+        with (
+            closing(make_sender(both, "ipc", tmp_path)) as sender,
+            pytest.raises(WeightMismatch, match=r"the server at http://127\.0\.0\.1:2 .* 1 of 40 .* \(layer\.3: "),
+        ):
+            sender.send(make_weights(0), 0)
+
+
 def test_later_updates_are_verified_in_turn(servers: list[BareServer], tmp_path: Path) -> None:
     asked: list[list[str]] = []
 
-    class Watched(BareServer):
-        def __init__(self, server: BareServer) -> None:
-            self.__dict__ = server.__dict__
-
+    class Watched(Wrapped):
         def post(self, path: str, body: Any = None, **options: Any) -> dict[str, Any]:
             if path == "/collective_rpc" and body["method"] == "weight_digests":
                 asked.append(body["args"][0])
@@ -132,14 +160,15 @@ def test_later_updates_are_verified_in_turn(servers: list[BareServer], tmp_path:
     assert sorted(name for some in asked[1:] for name in some) == sorted(names)
 
 
-class Refusing(BareServer):
+class Refusing(Wrapped):
     """Fails when it is asked for one thing."""
 
     def __init__(self, server: BareServer, path: str) -> None:
-        self.__dict__ = server.__dict__ | {"refused": path}
+        super().__init__(server)
+        self._refused = path
 
     def post(self, path: str, *args: Any, **options: Any) -> dict[str, Any]:
-        if path == self.__dict__["refused"]:
+        if path == self._refused:
             raise RuntimeError("out of memory")
         return super().post(path, *args, **options)
 
@@ -155,7 +184,7 @@ def test_a_server_that_refuses_an_update_is_an_error_at_once(
     sender.close()
     del sender
     gc.collect()
-    assert time.monotonic() - started < 10, "something waits for the server that has failed"
+    assert time.monotonic() - started < AT_ONCE_S, "something waits for the server that has failed"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -166,7 +195,7 @@ def test_a_server_that_refuses_to_connect_is_an_error_at_once(
     started = time.monotonic()
     with pytest.raises(RuntimeError, match="out of memory"):
         make_sender([Refusing(servers[0], "/init_weight_transfer_engine")], kind, tmp_path)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < AT_ONCE_S
 
 
 def test_weights_that_fail_to_come_end_the_update(servers: list[BareServer], tmp_path: Path) -> None:
@@ -176,7 +205,8 @@ def test_weights_that_fail_to_come_end_the_update(servers: list[BareServer], tmp
         yield from make_weights(0, num_tensors=20)
         raise ArithmeticError("a rank died")
 
-    sender = make_sender(servers[:1], "ipc", tmp_path, timeout_s=3)
+    sender = make_sender(servers[:1], "ipc", tmp_path, timeout_s=10)
+    sender._timeout_s = DEADLINE_S  # the trainer's own
     with pytest.raises(ArithmeticError, match="a rank died"):
         sender.send(failing(), 0)
     sender.close()
@@ -201,19 +231,20 @@ def test_a_server_that_dies_is_an_error_at_once(kind: TransportKind, tmp_path: P
         with pytest.raises((EOFError, RuntimeError, ConnectionError)):
             sender.send(dying(), 0)
         sender.close()
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < AT_ONCE_S
 
 
 def test_a_server_that_stalls_ends_at_the_deadline(tmp_path: Path) -> None:
     with BareServer() as stalled:
         stalled.post("/health", timeout_s=STARTED_WITHIN_S)
         process = psutil.Process(stalled.process.pid)
-        sender = make_sender([stalled], "ipc", tmp_path, verification="off", timeout_s=2)
+        sender = make_sender([stalled], "ipc", tmp_path, verification="off")
+        sender._timeout_s = 2  # of the update alone
         process.suspend()
         started = time.monotonic()
         with pytest.raises((TimeoutError, RuntimeError)):
             sender.send(make_weights(0), 0)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < AT_ONCE_S
         sender.close()
 
 
@@ -267,6 +298,27 @@ def test_memory_that_cannot_be_opened_is_said_with_the_remedy(
         pytest.raises(RuntimeError, match=message),
     ):
         sender.send(make_weights(0), 0)
+
+
+def test_a_sender_that_cannot_join_its_servers_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[WeightSender] = []
+
+    class Unable(WeightSender):
+        def connect(self) -> None:
+            raise ValueError("the servers' weights have different types")
+
+        def close(self) -> None:
+            super().close()
+            closed.append(self)
+
+    monkeypatch.setattr(kinds, "WeightSender", Unable)
+    connect = kinds.weight_sender("vllm", FleetConfig(), model_config(tmp_path), run_dir=tmp_path)
+    with (
+        VLLMClient("http://127.0.0.1:9", request_timeout_s=1) as client,
+        pytest.raises(ValueError, match="different types"),
+    ):
+        connect([client])
+    assert len(closed) == 1
 
 
 ELSEWHERE = ("http://127.0.0.1:8000", "http://10.0.0.7:8000")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_orz.simulation.course import simulate, training_seconds
+from megatron_orz.simulation.course import _Loop, simulate, training_seconds
 from megatron_orz.simulation.profile import Decoding, Training
 from tests.simulation.profiles import small_profile, small_setting
 
@@ -139,12 +139,24 @@ def test_what_grading_takes_is_counted_for_every_rollout() -> None:
     assert course.train_s == pytest.approx(TRAIN_S + 16 * 0.125)
 
 
-def test_equal_seeds_give_equal_steps_however_many_there_are() -> None:
+def test_equal_seeds_give_equal_steps_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     profile = small_profile(groups=[[3, 9], [1, 30]], max_pack_tokens=100, trainer_spread=[0.9, 1.1])
-    first, again, longer = (simulate(profile, small_setting(), seed=1, num_steps=steps) for steps in (8, 8, 9))
-    assert first == again
-    assert longer.step_times_s[:8] == first.step_times_s
-    assert simulate(profile, small_setting(), seed=2).step_times_s != first.step_times_s
+    assert simulate(profile, small_setting(), seed=1) == simulate(profile, small_setting(), seed=1)
+
+    taken: list[float] = []
+    train_s = _Loop._train_s
+    monkeypatch.setattr(_Loop, "_train_s", lambda *step: taken.append(train_s(*step)) or taken[-1])
+
+    def times(*, num_steps: int, seed: int) -> list[float]:
+        """What training takes in each step, those in front included."""
+        taken.clear()
+        simulate(profile, small_setting(), seed=seed, num_steps=num_steps)
+        return taken.copy()
+
+    first = times(num_steps=8, seed=1)
+    assert len(set(first)) > 1
+    assert times(num_steps=9, seed=1)[:-1] == first
+    assert times(num_steps=8, seed=2) != first
 
 
 def test_slow_servers_and_steps_take_their_share() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from megatron_orz.generations import Generation, generations_file, write_generations
+from megatron_orz.logs import METRICS_FILE, read_metrics
 from megatron_orz.simulation.course import critical_tokens, simulate
 from megatron_orz.simulation.measured import RUNNING_ON_CPU, measured_profile, nonnegative_fit
 from megatron_orz.simulation.profile import Profile
@@ -38,11 +39,12 @@ def write_run(run_dir: Path, *, num_prompts: int, num_responses: int, slowness: 
     run_dir.mkdir()
     ppo = {"num_critic_updates": 4, "num_policy_updates": 1, "advantages": "gae", "max_staleness": 0}
     fleet = {"kind": "vllm", "urls": [], "num_servers": 1, "server_tp": 1, "colocated": False, "max_running": None}
-    ppo |= {"num_prompts": num_prompts, "num_responses": num_responses, "oversampling": 0.0}
+    fleet |= {"swaps_within_responses": False}
+    ppo |= {"num_prompts": num_prompts, "num_responses": num_responses, "oversampling": 0.0, "max_resampling_rounds": 0}
     config: dict[str, dict[str, Any]] = {
         "ppo": ppo | {name: value for name, value in changes.items() if name not in fleet},
         "fleet": fleet | {name: value for name, value in changes.items() if name in fleet},
-        "parallel": {"tp": 1, "pp": 1, "cp": 1, "num_ranks": None},
+        "parallel": {"tp": 1, "pp": 1, "cp": 1},
         "data": {"max_pack_tokens": 4096},
     }
     (run_dir / "config.json").write_text(json.dumps(config))
@@ -67,6 +69,8 @@ def write_run(run_dir: Path, *, num_prompts: int, num_responses: int, slowness: 
                 "time/infer_s": INFER_S * infer,
                 "time/critic_s": CRITIC_S * critic + 4 * UPDATE_S,
                 "time/policy_s": POLICY_S * policy + UPDATE_S,
+                "perf/step_s": 8.0,
+                "perf/tokens_per_s_per_gpu": sum(sequences) / 8.0,
             }
         )
         generations = [generation(step, prompt, length) for prompt, group in enumerate(lengths) for length in group]
@@ -299,6 +303,10 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     generations_file(run, 2).unlink()
     with pytest.raises(ValueError, match=r"step-000002\.parquet is missing"):
         read_run(run)
+    first_row, *_ = (run / METRICS_FILE).read_text().splitlines(keepends=True)
+    (run / METRICS_FILE).write_text(first_row)
+    with pytest.raises(ValueError, match="has no step after its first one"):
+        read_run(run)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"fleet": config["fleet"] | {"kind": "local"}}))
     with pytest.raises(ValueError, match="has no servers"):
@@ -307,8 +315,26 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="how much of its grading was generation"):
         read_run(run)
     (run / "config.json").write_text(json.dumps({"ppo": {}}))
-    with pytest.raises(ValueError, match="is not the config of a run"):
+    with pytest.raises(ValueError, match=r"does not hold the config and the metrics of a run \(KeyError\('fleet'\)\)"):
         read_run(run)
+
+
+def test_ranks_are_those_that_the_run_was_given(tmp_path: Path) -> None:
+    """Each of three makes a third of the tokens a second; of the four steps, the last three are read."""
+    path = write_run(tmp_path / "run", num_prompts=4, num_responses=3)
+    rows = read_metrics(path / METRICS_FILE)
+
+    def with_ranks(*counts: int) -> MeasuredRun:
+        changed = [
+            row | {"perf/tokens_per_s_per_gpu": row["perf/tokens_per_s_per_gpu"] / count}
+            for row, count in zip(rows, counts, strict=True)
+        ]
+        (path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in changed))
+        return read_run(path)
+
+    assert with_ranks(1, 3, 3, 3).setting.trainer_gpus == 3
+    with pytest.raises(ValueError, match=r"went on with other numbers of ranks \(\[2, 3\]\)"):
+        with_ranks(1, 3, 3, 2)
 
 
 @pytest.mark.parametrize("seed", range(5))

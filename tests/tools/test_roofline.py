@@ -52,6 +52,16 @@ def test_roofs_and_points_follow_from_the_figures(tmp_path: Path) -> None:
     assert (tmp_path / "picture.png").stat().st_size > 5000
 
 
+def test_every_implementation_is_drawn_however_many_there_are(tmp_path: Path) -> None:
+    made = figures()
+    names = [f"implementation {number}" for number in range(12)]
+    made["groups"][0]["rows"] = {name: {"min_s": 2.0} for name in names}
+    (tmp_path / "kernels.json").write_text(json.dumps(made))
+    TOOL["draw"](TOOL["read_roofline"](tmp_path / "kernels.json"), tmp_path / "picture.svg")
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert [name for name in names if f"<!-- {name} -->" not in drawn] == []
+
+
 def test_figures_without_a_floor_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(figures() | {"groups": figures()["groups"][:1]}))

@@ -49,6 +49,8 @@ class Difficulty:
         for name in ("max_prompt_tokens", "num_responses", "chunk_problems"):
             if getattr(self, name) < 1:
                 raise ValueError(f"difficulty.{name} {getattr(self, name)} is not at least 1")
+        if self.seed < 0:
+            raise ValueError(f"difficulty.seed {self.seed} is negative; set it to 0 or more")
         for name in ("min_right", "hard_below"):
             if not 0 <= getattr(self, name) <= self.num_responses:
                 raise ValueError(

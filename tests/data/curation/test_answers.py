@@ -5,6 +5,7 @@ import pytest
 from megatron_orz.data.curation.answers import judge_answers
 from megatron_orz.rewards.math_answer import Verifier
 from tests.data.curation.rows import candidates, ignore, published, reasons
+from tests.rewards.test_math_answer import be_quick_with
 
 GOOD = ["7", "1,000", r"\frac{1}{2}", r"\text{Evelyn}", "(2,5)", "x^2 + 1", r"\{1, 2\}", "x = 3", r"\sqrt{2}\,\text{m}"]
 UNREADABLE = ["x^2+", "?", r"\frac{1", r"x \equiv 1 \pmod 3", "{{{"]
@@ -26,9 +27,10 @@ def test_answers_the_verifier_cannot_read_go(verifier: Verifier) -> None:
     assert sum(done) == len(rows)
 
 
-def test_an_answer_without_end_costs_its_deadline_alone() -> None:
+def test_an_answer_without_end_costs_its_deadline_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = candidates([("q", answer) for answer in [*ENDLESS, r"\frac{3}{4}", "5"]])
-    with Verifier(timeout_s=1.0) as verifier:
+    be_quick_with(ENDLESS, monkeypatch)
+    with Verifier() as verifier:
         verdicts = judge_answers(rows, ignore, recognise=verifier.recognise)
     assert reasons(verdicts) == ["verifier_timeout", None, None]
 

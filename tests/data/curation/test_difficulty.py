@@ -94,6 +94,7 @@ def test_other_settings_are_sampled_anew_and_other_thresholds_are_not(tmp_path: 
     ("settings", "message"),
     [
         ({"num_responses": 0}, "difficulty.num_responses 0 is not at least 1"),
+        ({"seed": -1}, "difficulty.seed -1 is negative; set it to 0 or more"),
         ({"num_responses": 3}, r"difficulty.hard_below 4 is outside \[0, num_responses = 3\]"),
         ({"min_right": 65}, r"difficulty.min_right 65 is outside \[0, num_responses = 64\]"),
         ({"min_right": 32, "max_pass_rate": 0.25}, r"max_pass_rate 0.25 is outside \[min_right/num_responses = 32/64"),
@@ -134,7 +135,7 @@ def test_a_real_model_is_sampled_and_graded(tmp_path: Path) -> None:
     def open_sampler() -> Iterator[Sampler]:
         with (
             open_fleet(fleet_config, sampling, model_config(tmp_path / "hf"), run_dir=tmp_path) as fleet,
-            AnswerVerifier(timeout_s=60) as verifier,
+            AnswerVerifier(timeout_s=120) as verifier,
         ):
             yield fleet_sampler(settings, tokenizer, fleet, ResponseGrader(verifier, tokenizer, Ranks()))
 
