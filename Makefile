@@ -17,10 +17,10 @@ EXTENSION := setup.py pyproject.toml $(wildcard csrc/*.* csrc/*/*.*)
 help:
 	@echo "make setup      create .venv, install everything, build the C++ kernels (minutes, once)"
 	@echo "make demo       train a small model by PPO on the CPU"
-	@echo "make test       run the tests that take seconds"
-	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test       run the fast tests"
+	@echo "make test-slow  run the slow tests, which take minutes each"
 	@echo "make kernels-check  compile the CUDA kernels and their binding; registers and spills (needs nvcc, no GPU)"
-	@echo "make benchmark  time every part beside what else does the same (an hour; see docs/benchmark.md)"
+	@echo "make benchmark  time every part beside alternatives (an hour; see docs/benchmark.md)"
 	@echo "make lint       ruff and mypy"
 	@echo "make docs       build the documentation into build/site and check its links"
 	@echo "make dist       build dist/*.tar.gz, and from it dist/*.whl with the compiled kernels"

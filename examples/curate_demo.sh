@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes sums, keeps those that the demo's base model gets right sometimes, and trains on them.
+# Curates some of the demo's sums: keeps those that its base model gets right sometimes, and trains on them.
 #
 #     sh examples/curate_demo.sh      # after examples/demo_base.py; about a quarter of an hour on two cores
 set -eu

@@ -29,37 +29,37 @@ class PPOConfig:
     num_critic_updates: int = 12
     """Mini-batches (optimizer steps) the critic takes on a step's rollouts."""
     advantages: AdvantageKind = "gae"
-    """`gae`: by a critic. Without one, the rewards of a prompt's responses less their mean (`group_centred`), then by
-    their standard deviation (`group_normalised`), or less the mean of the others (`leave_one_out`)."""
+    """`gae`: with a critic. Without one, the reward minus the mean over a prompt's responses (`group_centred`), also
+    divided by their standard deviation (`group_normalised`), or minus the mean of the others (`leave_one_out`)."""
     gamma: float = 1.0
     gae_lambda: float = 1.0
     """Of the advantages; 0 is the temporal difference alone, 1 the whole return."""
     value_gae_lambda: float | None = None
-    """Lambda of the returns that the critic learns, where it is another (decoupled GAE)."""
+    """Lambda of the returns that the critic learns, if it differs (decoupled GAE)."""
     gae_alpha: float | None = None
     """Length-adaptive GAE: the advantages of a response of n tokens have lambda 1 - 1 / (gae_alpha n)."""
     num_critic_warmup_steps: int = 0
-    """First steps, in which the critic alone learns."""
+    """First steps, in which only the critic learns."""
     whiten_advantages: bool = True
     """Shift and scale the advantages of a step to mean 0 and variance 1 over all response tokens."""
     clip_eps: float = 0.2
     """Clip range of the probability ratio, below 1 and above."""
     clip_eps_high: float | None = None
-    """Clip range above 1, where it is another (clip-higher)."""
+    """Clip range above 1, if it differs (clip-higher)."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus in the loss."""
     overlong_tokens: int = 0
-    """The last tokens of the longest response allowed, over which the reward falls by 1 (soft over-long penalty)."""
+    """Tokens before the longest response allowed, over which the reward falls by 1 (soft over-long penalty)."""
     value_clip_eps: float = 0.2
     """Clip range of the value around its old one; 0 turns value clipping off."""
     importance_cap: float = 0.0
     """A token's loss weighs min(pi_old / pi_rollout, cap), for rollouts of an older policy; 0 leaves the weight out."""
     importance_level: ImportanceLevel = "token"
-    """Whose probabilities that ratio is of: each `token`'s, or those of the whole response, a `sequence` of tokens."""
+    """Whether that ratio is of each `token`, or of the whole response, a `sequence` of tokens."""
     max_staleness: int = 0
     """Policy versions rollouts may be behind: 0 waits for the servers; n lets them generate up to n steps ahead."""
     oversampling: float = 0.0
-    """Share of prompts asked in addition; a step goes on without those answered last. It favours short responses."""
+    """Share of extra prompts; a step continues without those answered last, which favours short responses."""
     max_resampling_rounds: int = 0
     """Rounds in which groups of siblings with equal rewards are replaced by those of other prompts; 0 keeps them."""
     loss_mean: LossMean = "token"
@@ -137,13 +137,13 @@ class KLConfig:
     coefficient: float = 0.0
     """0: no penalty, and no reference is loaded."""
     estimator: KLEstimator = "k3"
-    """k1: log pi - log ref; k2: half its square; k3: ref / pi - 1 + k1. Differentiated, k1 is 0 on average: no loss."""
+    """k1: log pi - log ref; k2: half its square; k3: ref / pi - 1 + k1. In the loss, k1's gradient is 0 on average."""
     place: KLPlace = "loss"
     """Add it to the loss, or take it from the rewards of the tokens."""
     reference: Path | None = None
     """Hugging Face checkpoint of the reference, usually the policy's own."""
     refresh: Refresh = "never"
-    """When the reference becomes the policy of that time: after every so many steps, or those of an epoch."""
+    """When the reference takes the policy's weights: after every so many steps, or after each epoch."""
 
     def __post_init__(self) -> None:
         require(self.coefficient >= 0, f"kl.coefficient {self.coefficient} is negative; 0 turns the penalty off")

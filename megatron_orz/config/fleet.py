@@ -33,38 +33,38 @@ class FleetConfig:
     min_servers: int = 1
     """With fewer servers than this able to answer, the run stops."""
     port: int = 0
-    """Of a node's first server, the next ones follow; 0 picks free ones."""
+    """Port of a node's first server; the others take the next ones. 0 picks free ports."""
     max_model_tokens: int = 8192
     """Longest prompt plus response a server accepts."""
     max_rollouts_in_flight: int = 2048
     """Rollouts asked of a server at a time: enough to fill its batch, as more would only wait in its queue."""
     max_running: int | None = None
-    """Responses that a server which is started decodes together, if its cache has room; by default the server's own."""
+    """Responses that a started server decodes together, if its cache has room; by default the server's own limit."""
     kv_cache_gib: float = 1.0
     """Memory of a server's key-value cache on the CPU."""
     cpu_threads: int | None = None
     """Threads of a server on the CPU; all cores by default. One is best for tiny models: more wait for each other."""
     gpu_memory_share: float = 0.7
-    """Share of the memory of its GPUs that a server which is started may use."""
+    """Share of the memory of its GPUs that a started server may use."""
     start_timeout_s: float = 300.0
     """Deadline for a server to answer its health check after it is started."""
     request_timeout_s: float = 600.0
     """Deadline of one generation request, after which another server is asked."""
     heartbeat_timeout_s: float = 60.0
-    """A server that does not answer the watch for this long is started anew."""
+    """A server that does not answer the watch for this long is restarted."""
     stuck_timeout_s: float = 300.0
-    """A server that has requests but computes no token for this long is started anew."""
+    """A server that has requests but computes no token for this long is restarted."""
     update_timeout_s: float = 300.0
     """Deadline of one weight update."""
     swaps_within_responses: bool = False
-    """An update does not wait for responses under way: they go on with the new weights, which first compute anew what
-    the old ones had cached. With ppo.max_staleness, and vLLM servers, which say whose weights sampled which token."""
+    """An update does not wait for responses in flight: they continue with the new weights, which first recompute the
+    cached keys and values. Needs ppo.max_staleness, and vLLM servers, which report whose weights sampled each token."""
     dtype: DType | None = None
-    """Type of the weights in servers that are started; by default the policy's."""
+    """Type of the weights in started servers; by default the policy's."""
     transport: TransportKind = "auto"
-    """How weights reach the servers: `ipc` (shared memory, one machine, vLLM), `nccl`, `gloo`, or `disk` (a folder all
-    see); `auto` is ipc where the run starts the servers, else nccl between GPUs and gloo between CPUs; for SGLang it is
-    nccl where there are GPUs and no server is on that of rank 0, else disk."""
+    """How weights reach the servers: `ipc` (shared memory, one machine, vLLM), `nccl`, `gloo`, or `disk` (a shared
+    folder); `auto` is ipc for servers that the run starts or that share its machine, else nccl between GPUs and gloo
+    between CPUs; for SGLang it is nccl where there are GPUs and no server is on that of rank 0, else disk."""
     delta: bool = False
     """Send only the weights that a step has changed, to bfloat16 servers of vLLM: at learning rates near 1e-6 a few per
     cent of the bytes, for the price of a copy of the weights in the memory of both sides. With transport gloo or disk;

@@ -68,7 +68,7 @@ class ModelConfig:
     dtype: DType = "float32"
     """Type of the weights in the forward pass; the optimizer keeps float32 copies of bfloat16 weights."""
     recompute: Recompute = "none"
-    """Activations computed again in the backward pass instead of kept: those of attention, or of whole layers."""
+    """Recompute activations in the backward pass instead of keeping them: those of attention, or of whole layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,16 +12,16 @@ Tracker: TypeAlias = Literal["wandb", "trackio"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What a run that is interrupted goes on from: `docs/reliability.md`."""
+    """What an interrupted run resumes from: `docs/reliability.md`."""
 
     interval: int = 10
-    """Save the training state after every `interval` steps, and after the last one; 0 saves none."""
+    """Save the training state after every `interval` steps, and after the last; 0: only when a signal ends the run."""
     keep: int = 2
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Also keep those of every `keep_every`-th step; 0 keeps none of them."""
     asynchronous: bool = True
-    """Write beside the next step, from a copy in host memory of what the rank holds; else training waits."""
+    """Write during the next step, from a copy in host memory of what the rank holds; else training waits."""
     export_interval: int = 0
     """Export the policy to `exports/`, in the Hugging Face form, after every so many steps; 0 exports only the last."""
     grace_s: float = 60.0

@@ -42,11 +42,11 @@ class Config:
     hang_timeout_s: float = 1800.0
     """The run ends when nothing moves on any rank for this long: no rollout, no grade, no mini-batch is finished."""
     fresh: bool = False
-    """Begin anew: what run_dir holds is set aside, where the run would else go on from its last checkpoint."""
+    """Start over: set aside what run_dir holds, instead of resuming from its last checkpoint."""
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config and a plan, and stop."""
     debug: bool = False
-    """Scale the recipe down to one machine: few prompts, short responses, one update. Other options still count."""
+    """Scale the recipe down to one machine: few prompts, short responses, one update. Other options still apply."""
 
     def __post_init__(self) -> None:
         check_numbers(self)

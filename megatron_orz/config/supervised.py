@@ -63,7 +63,7 @@ class SupervisedConfig:
     hang_timeout_s: float = 1800.0
     """The run ends when nothing moves on any rank for this long."""
     fresh: bool = False
-    """Begin anew: what run_dir holds is set aside, where the run would else go on from its last checkpoint."""
+    """Start over: set aside what run_dir holds, instead of resuming from its last checkpoint."""
     dry_run: bool = False
     """Check everything that can be checked without building a model, print the resolved config, and stop."""
 
