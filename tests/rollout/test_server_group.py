@@ -60,9 +60,10 @@ def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path, mo
     prompts, ask = make_prompts(12), replica.Replica.ask
     asked_for: list[int] = []
 
-    async def counting(asked: replica.Replica, request: GenerationRequest) -> list[Rollout]:
-        asked_for.append(asked.num_rollouts + request.num_responses)
-        return await ask(asked, request)
+    def counting(asked: replica.Replica, request: GenerationRequest) -> asyncio.Task[list[Rollout]]:
+        task = ask(asked, request)
+        asked_for.append(asked.num_rollouts)
+        return task
 
     monkeypatch.setattr(replica.Replica, "ask", counting)
     with open_stand_ins(tmp_path, 2, max_rollouts_in_flight=7) as servers:
@@ -73,6 +74,21 @@ def test_no_server_is_asked_for_more_than_its_share_at_a_time(tmp_path: Path, mo
         assert contents(under_way.result()) == expected(prompts, version=-1)
     assert len(asked_for) == 12
     assert max(asked_for) == 6  # two requests of three, as a third would exceed seven
+
+
+def test_a_request_counts_until_it_has_ended_also_one_that_is_dropped_before_it_begins(tmp_path: Path) -> None:
+    with open_stand_ins(tmp_path, 1) as servers:
+        (server,) = servers.group._replicas
+        (request,) = servers.group._requests(make_prompts(1), 3, 0)
+
+        async def ask_and_drop() -> list[int]:
+            task = server.ask(request)
+            counts = [server.num_rollouts]
+            task.cancel()
+            await asyncio.wait([task], timeout=60)
+            return [*counts, server.num_rollouts]
+
+        assert servers.group._portal.call(ask_and_drop) == [3, 0]
 
 
 def test_a_slow_server_gets_less_to_do(tmp_path: Path) -> None:
