@@ -45,7 +45,7 @@ class FleetConfig:
     cpu_threads: int | None = None
     """Threads of a server on the CPU; all cores by default. One is best for tiny models: more wait for each other."""
     gpu_memory_share: float = 0.7
-    """Share of each GPU's memory a colocated server may use."""
+    """Share of the memory of its GPUs that a server which is started may use."""
     start_timeout_s: float = 300.0
     """Deadline for a server to answer its health check after it is started."""
     request_timeout_s: float = 600.0
