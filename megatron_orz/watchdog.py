@@ -38,6 +38,8 @@ GRACE_S = 10.0
 
 _CAUSE_WAIT_S = 3.0
 """A broken connection is noticed before its cause is known: the end of a process, or what that rank has to say."""
+_REMOTE_CAUSE_WAIT_S = 30.0
+"""Another rank has failed, and says so when it has closed what it had opened."""
 
 _STDERR = 2
 
@@ -179,7 +181,8 @@ def _total(peers: Peers | None, count: int, num_told: int) -> int:
 def _report(peers: Peers, error: Exception | KeyboardInterrupt) -> None:
     """Tells the others. Raises RunEnded when the error follows from another failure."""
     if isinstance(error, RuntimeError):  # what collectives raise when a rank is gone
-        deadline = time.monotonic() + _CAUSE_WAIT_S * (2 if isinstance(error, RemoteError) else 1)
+        wait_s = _REMOTE_CAUSE_WAIT_S if isinstance(error, RemoteError) else _CAUSE_WAIT_S
+        deadline = time.monotonic() + wait_s
         while peers.failure() is None and time.monotonic() < deadline:
             time.sleep(0.1)
     cause = peers.report(

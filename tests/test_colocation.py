@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 from megatron_orz.colocation import ColocatedFleet, ColocatedModel, ColocatedPolicy, ColocatedReference, Turns
+from megatron_orz.config import (
+    Config,
+    CriticConfig,
+    DataConfig,
+    FleetConfig,
+    KLConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPOConfig,
+    SamplingConfig,
+)
+from megatron_orz.logs import RunLog
+from megatron_orz.rollout.fleet import ServerFleet
 from megatron_orz.types import Metrics, NamedWeights, Prompt, Rollout
 
 
@@ -62,6 +76,9 @@ class Model:
 
     def hf_weights(self) -> Any:
         return self.work("export", iter([("weight", None)]))
+
+    def step_on_policy(self, minibatch: Sequence[Any], loss: Any) -> Any:
+        return self.work("step", ({}, []))
 
     def refresh(self, step: int) -> None:
         self.work("refresh", None)
@@ -121,3 +138,37 @@ def test_a_reference_finds_the_policy_when_it_follows_it() -> None:
     reference.refresh(3)
     reference.infer([])
     assert diary.entries[-5:] == [*(f"reload {model.name}" for model in models), "refresh reference", "infer reference"]
+
+
+class Servers(Diary, ServerFleet):
+    """A fleet of the kind that takes turns."""
+
+
+def test_whatever_a_run_asks_of_a_model_comes_in_the_trainers_turn() -> None:
+    from megatron_orz.assembly import Models, in_turns  # imports megatron-core
+
+    like = {"path": Path("model"), "optimizer": OptimizerConfig(lr=1e-6)}
+    config = Config(
+        run_dir=Path("run"),
+        policy=ModelConfig(**like),
+        critic=CriticConfig(**like),
+        ppo=PPOConfig(num_steps=1),
+        kl=KLConfig(coefficient=0.1, reference=Path("model")),
+        sampling=SamplingConfig(max_response_tokens=64),
+        data=DataConfig(train=(Path("train.jsonl"),)),
+        fleet=FleetConfig(colocated=True),
+    )
+    servers: Any = Servers("policy", "critic", "reference")
+    models: Any = Models(**{name: Model(name, servers) for name in sorted(servers.models)})
+    log = RunLog(Path("run"), num_steps=1, is_main=False)
+    policy, critic, reference, fleet = in_turns(config, models, servers, servers, log)
+    for ask in (
+        *(lambda: policy.infer([]), lambda: policy.step([], None), lambda: policy.step_on_policy([], None)),
+        *(lambda: critic.infer([]), lambda: critic.step([], None)),
+        *(lambda: reference.infer([]), lambda: reference.refresh(1)),
+    ):
+        fleet.update_weights(policy.hf_weights(), 0)
+        fleet.generate([], num_responses=1, seed=0)
+        assert servers.loaded == set()
+        ask()
+        assert servers.loaded == servers.models

@@ -17,8 +17,9 @@ from tests.launch import run_ranks
 
 MIB = 2**20
 CPU = torch.device("cpu")
-# The kernel counts pages per thread before it adds them up, and the interpreter takes some for itself.
-SLACK = 4 * MIB
+# The kernel counts pages per thread before it adds them up, and joins small ones to huge ones when it likes; the
+# interpreter takes some for itself.
+SLACK = 16 * MIB
 
 
 class Model:
@@ -56,9 +57,9 @@ def check_phases(device: torch.device) -> None:
         "memory/sync_beyond_gib": 0,
         "memory/generate_peak_gib": start + 64 * MIB,
         "memory/generate_beyond_gib": 64 * MIB,
-        "memory/policy_weights_gib": 16 * MIB,
-        "memory/policy_main_weights_gib": 32 * MIB,
     }.items()}  # fmt: skip
+    assert metrics.pop("memory/policy_weights_gib") == 16 * MIB
+    assert metrics.pop("memory/policy_main_weights_gib") == 32 * MIB
     assert metrics.pop("memory/host_gib") == pytest.approx(high_water.resident_bytes(), abs=SLACK)
     assert metrics == near
     assert meter.metrics().keys() == {

@@ -58,7 +58,8 @@ def test_rows_tell_of_the_memory_of_every_phase_and_model_and_of_early_grades(fi
             # Gradients lie in buffers whose ends are padded.
             assert row[f"memory/{model}_gradients_gib"] == pytest.approx(weights, rel=0.01)
             assert row[f"memory/{model}_optimizer_gib"] == pytest.approx(2 * weights, rel=0.01)
-        assert 0 < row["perf/graded_early_share"] <= 1
+        assert 0 <= row["perf/graded_early_share"] <= 1
+    assert any(row["perf/graded_early_share"] > 0 for row in steps), "a busy machine may begin none of a step early"
     assert {"memory/sync_peak_gib", "memory/host_gib"} <= last.keys()
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +22,7 @@ from megatron_orz.benchmark.countdown_work import StepTimes, Work
 from megatron_orz.benchmark.group import OURS
 from megatron_orz.benchmark.loop_report import Loop, as_json, memory_table, table
 from megatron_orz.benchmark.options import check_positive
+from megatron_orz.benchmark.own_process import call_in_process
 from megatron_orz.benchmark.trl_trainer import run_trl
 from megatron_orz.config import (
     CheckpointConfig,
@@ -192,16 +191,11 @@ def checked(name: str, steps: StepTimes, work: Work) -> StepTimes:
 def in_process_of_its_own(contender: Contender, work: Work, timeout_s: float) -> StepTimes:
     """Runs one contender. What it prints goes to a file, whose end is shown if it fails."""
     log = work.folder / f"{contender}.log"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        future = pool.submit(_run_quietly, contender, work, log)
-        try:
-            return future.result(timeout_s)
-        except Exception as error:  # whatever it was, the process has to end, and its last words be shown
-            for process in list((pool._processes or {}).values()):
-                process.terminate()
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""
-            raise RuntimeError(f"{NAMES[contender]} failed: {type(error).__name__}: {error}\n{tail}") from error
+    try:
+        return call_in_process(_run_quietly, contender, work, log, timeout_s=timeout_s)
+    except Exception as error:  # of another project, perhaps: whatever it is, its last words are shown
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:]) if log.exists() else ""
+        raise RuntimeError(f"{NAMES[contender]} failed: {type(error).__name__}: {error}\n{tail}") from error
 
 
 def _run_quietly(contender: Contender, work: Work, log: Path) -> StepTimes:

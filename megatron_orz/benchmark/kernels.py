@@ -1,9 +1,7 @@
 """Benchmarks the ops of `megatron_orz.ops`: each beside what else computes the same, in one run on one machine."""
 
-import multiprocessing
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,6 +15,7 @@ from megatron_orz.benchmark import environment, gae, head, report, results, valu
 from megatron_orz.benchmark.group import OURS, Finding, Findings, Group, Row
 from megatron_orz.benchmark.measure import Run, interleaved_times, peak_extra_bytes
 from megatron_orz.benchmark.options import check_positive
+from megatron_orz.benchmark.own_process import call_in_process
 
 Task = Literal["log-prob", "log-prob-gradient", "token-loss", "value-loss", "gae"]
 
@@ -25,6 +24,8 @@ DEFAULT_DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
 DEFAULT_REPEATS = {"cpu": 5, "cuda": 20}
 MIN_TIMING_S = 0.5
 """Without a number of repeats, the implementations of a task run at least so long in all."""
+MEMORY_TIMEOUT_S = 1800.0
+"""Of the two runs that the memory of a row takes."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,7 @@ def extra_bytes(spec: Spec, name: str, row: Row, device: torch.device) -> int:
     """Of one row; on a CPU in a process of its own, whose memory nothing else has touched."""
     if device.type == "cuda":
         return peak_extra_bytes(row.run, device, forget=row.forget)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
-        return pool.submit(extra_bytes_here, spec, name, torch.get_num_threads()).result()
+    return call_in_process(extra_bytes_here, spec, name, torch.get_num_threads(), timeout_s=MEMORY_TIMEOUT_S)
 
 
 def extra_bytes_here(spec: Spec, name: str, num_threads: int) -> int:

@@ -90,7 +90,7 @@ def pack_demonstrations(
         )
         for demonstration in demonstrations
     ]
-    return _pack(examples, max_pack_tokens, dp_size, dp_rank, 1, pad_multiple, seed)
+    return _pack(examples, max_pack_tokens, dp_size, dp_rank, min_packs=1, pad_multiple=pad_multiple, seed=seed)
 
 
 def split(items: Sequence[Item], num_parts: int) -> list[list[Item]]:

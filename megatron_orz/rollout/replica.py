@@ -154,33 +154,16 @@ class Replica:
             self.phase = "lost"
         _log.error("%s failed for good: %s", self.name, self.reason)
 
-    async def ask(self, request: GenerationRequest) -> list[Rollout]:
-        """The rollouts of a request. Raises ServerError, also as soon as the server fails in another way."""
-        failure = self._failure
+    def ask(self, request: GenerationRequest) -> asyncio.Task[list[Rollout]]:
+        """The rollouts of a request, which counts from this moment until they are there.
+
+        The task raises ServerError, also as soon as the server fails in another way.
+        """
         self.num_requests += 1
         self.num_rollouts += request.num_responses
-        answer = asyncio.ensure_future(self.client.respond(self._http, request))
-        either: set[asyncio.Future[Any]] = {answer, failure}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not answer.done():
-                raise UnreachableError(f"{self.name} failed meanwhile: {failure.result()}")
-            rollouts = answer.result()
-        except (RefusedError, DeadlineError):
-            raise  # a request's own fault, or perhaps so: a server that is stuck is found by the watch
-        except ServerError as error:
-            self._num_bad_answers += 1
-            self._suspicion.set()
-            if self._num_bad_answers >= _MAX_BAD_ANSWERS and failure is self._failure:
-                self.fail(f"{self._num_bad_answers} requests in a row failed, the last one thus: {error}")
-            raise
-        else:
-            self._num_bad_answers = 0
-            return rollouts
-        finally:
-            answer.cancel()
-            self.num_requests -= 1
-            self.num_rollouts -= request.num_responses
+        task = asyncio.create_task(self._respond(request, self._failure))
+        task.add_done_callback(lambda _: self._forget(request))
+        return task
 
     async def is_well(self) -> bool:
         """Whether the server answers at this moment; a suspicion is looked into by the watch."""
@@ -231,6 +214,32 @@ class Replica:
         self.phase = "lost"
         if self._running is not None:
             await asyncio.to_thread(self._running.close)
+
+    async def _respond(self, request: GenerationRequest, failure: asyncio.Future[str]) -> list[Rollout]:
+        answer = asyncio.ensure_future(self.client.respond(self._http, request))
+        either: set[asyncio.Future[Any]] = {answer, failure}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise UnreachableError(f"{self.name} failed meanwhile: {failure.result()}")
+            rollouts = answer.result()
+        except (RefusedError, DeadlineError):
+            raise  # a request's own fault, or perhaps so: a server that is stuck is found by the watch
+        except ServerError as error:
+            self._num_bad_answers += 1
+            self._suspicion.set()
+            if self._num_bad_answers >= _MAX_BAD_ANSWERS and failure is self._failure:
+                self.fail(f"{self._num_bad_answers} requests in a row failed, the last one thus: {error}")
+            raise
+        else:
+            self._num_bad_answers = 0
+            return rollouts
+        finally:
+            answer.cancel()
+
+    def _forget(self, request: GenerationRequest) -> None:
+        self.num_requests -= 1
+        self.num_rollouts -= request.num_responses
 
     async def _start_anew_while_hopeful(self) -> None:
         while True:

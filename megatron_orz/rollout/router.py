@@ -46,7 +46,7 @@ class Asked(Protocol):
 
     def holds(self, version: int) -> bool: ...
 
-    async def ask(self, request: GenerationRequest) -> list[Rollout]: ...
+    def ask(self, request: GenerationRequest) -> asyncio.Task[list[Rollout]]: ...
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -127,11 +127,10 @@ class Router:
                 self._check_enough(own)
                 while waiting and self._is_turn_of(own) and (server := self._choose(waiting[0])):
                     job = waiting.popleft()
-                    task = asyncio.create_task(server.ask(replace(job.request, version=self.version)))
+                    task = server.ask(replace(job.request, version=self.version))
                     task.add_done_callback(own.done.put_nowait)
                     in_flight[task] = job, server
                     self._num_in_flight += 1
-                    await asyncio.sleep(0)  # the server counts the request before the next one is dealt out
                     if not waiting:
                         self._wake(but=own)
                 ended = await _finished(own.done)

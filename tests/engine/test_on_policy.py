@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_orz.algorithms.losses import policy_loss
+from megatron_orz.algorithms.kl import kl_loss
+from megatron_orz.algorithms.losses import WeightedLosses, policy_loss
 from megatron_orz.config import ModelConfig
 from tests.engine import tiny
 from tests.engine.layouts import OPTIMIZER, Layout, packs_of_rank
 from tests.launch import run_ranks
 
-LOSS = partial(policy_loss, clip_eps=0.2)
+LOSS = WeightedLosses([(1.0, partial(policy_loss, clip_eps=0.2)), (0.1, partial(kl_loss, estimator="k2"))])
 
 
 def train_both_ways(layout: Layout, path: Path) -> None:

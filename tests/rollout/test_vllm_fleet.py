@@ -22,7 +22,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from megatron_orz.config import FleetConfig, SamplingConfig
-from megatron_orz.rollout import transport
+from megatron_orz.rollout import replica, transport
 from megatron_orz.rollout.client import GenerationRequest
 from megatron_orz.rollout.fleet import ServerFleet, open_fleet
 from megatron_orz.rollout.servers import RefusedError, ServerError, free_port
@@ -63,7 +63,7 @@ def run_server(checkpoint: Path, run_dir: Path) -> Iterator[Running]:
         config = FleetConfig(port=port, max_model_tokens=1024, kv_cache_gib=0.25)
         with open_fleet(config, SAMPLING, model_config(checkpoint), run_dir=run_dir) as fleet:
             yield Running(fleet, f"http://127.0.0.1:{port}", processes := processes_of(fleet, 0))
-    _, alive = psutil.wait_procs(processes, timeout=5)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive, "the server left processes behind"
 
 
@@ -88,7 +88,7 @@ def ask(url: str, prompts: list[Prompt], sampling: SamplingConfig) -> list[Rollo
             )
             for index, prompt in enumerate(prompts)
         ]
-        with VLLMClient(url, request_timeout_s=60) as client:
+        with VLLMClient(url, request_timeout_s=300) as client:
             async with httpx.AsyncClient(trust_env=False, headers=authorization()) as http:
                 return await asyncio.gather(*(client.respond(http, request) for request in requests))
 
@@ -181,14 +181,17 @@ def test_a_prompt_too_long_for_the_server_is_refused_with_its_reason(tied: Runni
         ask(tied.url, make_prompts(1), SamplingConfig(max_response_tokens=1500))
 
 
-def test_a_server_killed_during_a_request_is_an_error_not_a_hang(tied: Running) -> None:
+def test_a_server_killed_during_a_request_is_an_error_not_a_hang(
+    tied: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The last test of this server: it is the only one, so that the request cannot move on."""
+    monkeypatch.setattr(replica, "_DEATH_WAIT_S", 120.0)  # so long a busy machine may take to end all of its processes
     (api_server,) = tied.processes[0].children()
     Timer(0.5, api_server.kill).start()
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"0 of 1 servers .* exit code 137 during the run; see .*vllm\.log"):
         tied.fleet.generate(make_prompts(500), num_responses=20, seed=0)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 300  # of fleet.request_timeout_s 600
 
 
 @pytest.mark.slow
