@@ -66,7 +66,7 @@ def open_fleet(
 
 
 class RolloutsUnderWay:
-    """What servers were asked for and the ranks do not wait for."""
+    """Rollouts that servers work on while the ranks do something else."""
 
     def __init__(
         self,

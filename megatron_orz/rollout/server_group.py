@@ -49,7 +49,7 @@ class Sender(Protocol):
 
 
 class ServersLostError(ServerError):
-    """Servers died of, or during, a weight update; the others came to no good end with it either."""
+    """Servers died during a weight update, which left the others with half of it."""
 
 
 class ServerGroup:

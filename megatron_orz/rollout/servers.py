@@ -44,7 +44,7 @@ class ServerError(RuntimeError):
 
 
 class RefusedError(ServerError):
-    """A server found a request wrong: every other server would."""
+    """A server refused a request as wrong, as every other server would."""
 
 
 class DeadlineError(ServerError):
@@ -109,7 +109,7 @@ class InferenceServer(ServerProcess):
     def __init__(self, launch: Launch, *, start_timeout_s: float, log_path: Path) -> None:
         """Starts the process; `wait_until_healthy` returns when it answers."""
         super().__init__(f"http://{launch.host}:{launch.port}", start_timeout_s=start_timeout_s)
-        # Servers leave their sockets where they are.
+        # Servers leave sockets behind where temporary files go.
         self._scratch = tempfile.TemporaryDirectory(prefix="megatron-orz-", ignore_cleanup_errors=True)
         self._process = SupervisedProcess(
             launch.command, environment={**launch.environment, "TMPDIR": self._scratch.name}, log_path=log_path
@@ -201,7 +201,7 @@ def free_port() -> int:
 
 def _is_free(address: str, port: int) -> bool:
     with socket.socket() as probe:
-        # As those who will listen there do: a connection of yesterday that still closes is no obstacle.
+        # As the listener will: an old connection that is still closing is no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))

@@ -1,8 +1,8 @@
 """The key-value cache of generation in the trainer: a slot for each growing response.
 
 A response's keys and values stay where they are from its prompt to its last token; rows of a batch name their slots. So
-responses of any length share a batch without padding, and come and go without a copy of the others. transformers brings
-the model, whose attention is replaced by what reads the slots.
+responses of any length share a batch without padding, and come and go without a copy of the others. The model is one of
+transformers, whose attention is replaced by one that reads the slots.
 """
 
 from __future__ import annotations

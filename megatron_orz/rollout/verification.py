@@ -48,8 +48,8 @@ class SentDigests:
     def compare(self, workers: Sequence[Mapping[str, Sequence[Mapping[str, Any]]]], url: str) -> None:
         """Compares with the answers of a server's workers to `weight_digests`.
 
-        A tensor may lie in pieces on several workers, and in several places: copies of a block must agree, and blocks
-        that overlap no further must make up the whole. Raises WeightMismatch with the names of the tensors.
+        A tensor may lie in pieces on several workers, and in several places: copies of a block must agree, and the
+        distinct blocks must make up the whole. Raises WeightMismatch with the names of the tensors.
         """
         wrong = {}
         for name, (sent, numel) in self._sent.items():
