@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tests.recipe import Finished
 
 # How long one example takes says more about the machine than about the code. The same examples come in every run.
-settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
 
