@@ -22,7 +22,7 @@ PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
 # What makes an error's text a remedy: what to do after a semicolon, or the values that are allowed.
 REMEDY = re.compile(
     r"; \S|, but \S+ (is|are)|0 turns|0 saves|0 means|0 picks|is outside [\[(]|is neither|is not (at least|positive)"
-    r"|is not a count|must be|must end|< 1|is not a finite number|it needs"
+    r"|is not a count|must be|must end|is not a finite number|it needs"
     r"|needs at least|give |set "
 )
 # Errors whose sentence a caller completes with the place and the remedy, and those of ops that a program calls wrongly.

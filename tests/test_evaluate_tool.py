@@ -115,6 +115,8 @@ def test_grade_writes_what_it_could_grade_and_names_the_rest(tmp_path: Path, too
         (["run", "--model", "run", "--data", "sums.jsonl", "--fleet.max-model-tokens", "10"], "exceed fleet.max_model"),
         (["run", "--model", "run", "--data", "sums.jsonl", "--server", "http://127.0.0.1:9"], "cannot be reached"),
         (["run", "--model", "run", "--data", "sums.jsonl", "--strict"], "line 4: malformed JSON"),
+        (["run", "--model", "run", "--data", "sums.jsonl", "--seed", "-1"], "seed -1 is negative; set it to 0 or more"),
+        (["run", "--model", "run", "--data", "sums.jsonl", "--max-items", "0"], "max_items 0 is not at least 1; leave"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_anything_is_written(

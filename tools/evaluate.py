@@ -95,9 +95,11 @@ class Run:
     def __post_init__(self) -> None:
         for name in ("num_responses", "max_prompt_tokens"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} < 1")
+                raise ValueError(f"{name} {getattr(self, name)} is not at least 1")
         if self.max_items is not None and self.max_items < 1:
-            raise ValueError(f"max_items {self.max_items} < 1; leave it out for all items")
+            raise ValueError(f"max_items {self.max_items} is not at least 1; leave it out for all items")
+        if self.seed < 0:
+            raise ValueError(f"seed {self.seed} is negative; set it to 0 or more")
         if not self.data:
             raise ValueError("data names no file; give at least one benchmark file")
         if self.server is None:

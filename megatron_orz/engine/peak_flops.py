@@ -6,6 +6,7 @@ H200, 2024). The H800 is an H100 with a slower NVLink. What is not listed, such 
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from functools import lru_cache
@@ -47,7 +48,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> PeakFlops:
     if device.type == "cuda" and dtype.itemsize == 2:
         name = torch.cuda.get_device_name(device)
         for part, rate in NOMINAL_BF16.items():
-            if part in name:
+            if re.search(rf"{part}(?!\d)", name):  # an RTX A1000 is no A100
                 return PeakFlops(rate=rate, source="nominal")
     return PeakFlops(rate=measured_flops(device, dtype), source="measured")
 

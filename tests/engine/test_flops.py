@@ -83,6 +83,15 @@ def test_listed_devices_have_their_nominal_rate(name: str, rate: float, monkeypa
     assert (found.rate, found.source) == (rate, "nominal")
 
 
+def test_the_rate_of_a_device_with_a_similar_name_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA RTX A1000")
+    monkeypatch.setattr(peak_flops, "measured_flops", lambda device, dtype: 3e13)
+    peak_flops.peak_flops.cache_clear()
+    found = peak_flops.peak_flops(torch.device("cuda"), torch.bfloat16)
+    peak_flops.peak_flops.cache_clear()
+    assert (found.rate, found.source) == (3e13, "measured")
+
+
 def test_the_rate_of_a_cpu_is_that_of_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peak_flops.MATRIX_SIZE, "cpu", 128)
     rate = peak_flops.measured_flops(torch.device("cpu"), torch.float32)
