@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.budget import SERVER_RESIDUE, TRAINER_RESIDUE, UPDATE_BUFFERS
+from megatron_orz.engine.budget import SERVER_RESIDUE, TRAINER_RESIDUE, update_buckets
 from megatron_orz.engine.memory import kv_cache_bytes, num_parameters
 from tools.plan import GIB, USABLE_SHARE, Arguments, plans, reasons, suggest
 
@@ -105,15 +105,17 @@ def test_the_page_shows_the_plan_of_the_colocated_recipe_and_its_sums(model: Pat
         assert f"| {part} | {policy / GIB:.2f} | {critic / GIB:.2f} |" in page
     weights, gradients, optimizer = (sum(parts[part]) / GIB for part in list(parts)[:3])
     held = f"{weights:.2f} + {gradients:.2f} + {optimizer:.2f}"
-    assert f"while it trains     {held} + {chosen.policy.activations / GIB:.2f} = {chosen.training / GIB:.1f}" in page
+    buckets, residue = update_buckets(architecture, 2) / GIB, SERVER_RESIDUE / GIB
+    training = f"{held} + {chosen.policy.activations / GIB:.2f} = {chosen.training / GIB:.1f}, {buckets:.1f} of buckets"
+    assert f"while it trains     {training}, {residue:.0f} of a sleeping server" in page
+    assert f"sleeping server: {chosen.training / GIB + buckets + residue:.1f}\n" in page
     resident = sum(memory.resident for memory in models) / GIB
     server = num_parameters(architecture) * 2 / GIB
-    buffers, residue = UPDATE_BUFFERS / GIB, SERVER_RESIDUE / GIB
-    update = resident + server + buffers + residue
+    update = resident + server + buckets + residue
     assert f"during an update    {held} = {resident:.1f}, {server:.1f} of the server's weights" in page
-    assert f"{buffers:.2f} of buffers, {residue:.0f} of its rest: {update:.1f}\n" in page
+    assert f"{buckets:.1f} of buckets, {residue:.0f} of its rest: {update:.1f}\n" in page
     cache = kv_cache_bytes(architecture, num_tokens=arguments.kv_tokens, server_tp=1) / GIB
-    generation = server + cache + TRAINER_RESIDUE / GIB
+    generation = server + cache + buckets + TRAINER_RESIDUE / GIB
     assert f"{cache:.1f} for the keys and values of {arguments.kv_tokens} tokens" in page
     assert f"of the offloaded trainer: {generation:.1f}\n" in page
-    assert max(chosen.training / GIB + residue, update, generation) < USABLE_SHARE * 80
+    assert max(chosen.training / GIB + buckets + residue, update, generation) < USABLE_SHARE * 80

@@ -14,8 +14,8 @@ TRAINER_RESIDUE = 2 * GIB
 SERVER_RESIDUE = 2 * GIB
 """What a sleeping server keeps: CUDA context, communication buffers, captured graphs. An allowance."""
 NOTHING = ModelMemory(weights=0, gradients=0, optimizer=0, activations=0)
-UPDATE_BUFFERS = GIB // 4
-"""Buckets of weights on their way. An allowance."""
+BUCKET = GIB // 16
+"""Of the two buckets of weights on their way; a larger tensor has one of its own size."""
 
 
 def check_colocated(
@@ -40,7 +40,7 @@ def check_colocated(
         policy,
         num_tokens=config.fleet.max_model_tokens,
         server_tp=config.fleet.server_tp,
-        num_bytes=BYTES[config.fleet.dtype or config.policy.dtype],
+        num_bytes=_server_bytes(config),
     )
     if weights + longest > share:
         raise ValueError(
@@ -71,24 +71,39 @@ def moments(
         of_policy.resident + of_critic.resident + max(of_policy.activations, of_critic.activations)
         for of_policy, of_critic in models
     )
+    buckets = update_buckets(policy, _server_bytes(config))
     return {
-        "while it trains": {"trainer": training, "sleeping server": SERVER_RESIDUE},
+        "while it trains": {"trainer": training, "buckets": buckets, "sleeping server": SERVER_RESIDUE},
         "during an update": {
             "trainer": resident,
             "server's weights": _server_weights(config, policy),
-            "buffers": UPDATE_BUFFERS,
+            "buckets": buckets,
             "rest of the server": SERVER_RESIDUE,
         },
         "while it generates": {
             "server": int(config.fleet.gpu_memory_share * gpu_bytes),
+            "buckets": buckets,
             "offloaded trainer": TRAINER_RESIDUE,
         },
     }
 
 
+def update_buckets(policy: Architecture, num_bytes: int) -> int:
+    """Bytes of both buckets, which stay between updates, where the embedding and the head have one each.
+
+    num_bytes: of one weight on its way.
+    """
+    return 2 * max(BUCKET, policy.vocab_size * policy.hidden_size * num_bytes)
+
+
 def _server_weights(config: Config, policy: Architecture) -> int:
     """Bytes on one of a server's GPUs."""
-    return num_parameters(policy) * BYTES[config.fleet.dtype or config.policy.dtype] // config.fleet.server_tp
+    return num_parameters(policy) * _server_bytes(config) // config.fleet.server_tp
+
+
+def _server_bytes(config: Config) -> int:
+    """Of one of a server's weights."""
+    return BYTES[config.fleet.dtype or config.policy.dtype]
 
 
 def _memory(

@@ -20,7 +20,7 @@ from megatron_orz.config import (
     SamplingConfig,
 )
 from megatron_orz.engine.architecture import Architecture, read_architecture
-from megatron_orz.engine.budget import GIB, SERVER_RESIDUE, UPDATE_BUFFERS, check_colocated, moments
+from megatron_orz.engine.budget import GIB, SERVER_RESIDUE, check_colocated, moments
 
 NUM_PARAMETERS = 7_615_616_512
 QWEN_7B = {
@@ -68,9 +68,10 @@ def test_the_moments_of_a_step_are_summed(qwen: Architecture, tmp_path: Path) ->
     expected = (NUM_PARAMETERS + critic) * (2 + 4 + 12 / 8)
     assert update["trainer"] == pytest.approx(expected, rel=0.01)
     assert update["server's weights"] == 2 * NUM_PARAMETERS
-    assert sum(update.values()) == pytest.approx(
-        expected + 2 * NUM_PARAMETERS + UPDATE_BUFFERS + SERVER_RESIDUE, rel=0.01
-    )
+    # The embedding and the head travel in a bucket each.
+    buckets = 2 * 152_064 * 3584 * 2
+    assert {moment: parts["buckets"] for moment, parts in sums.items()} == dict.fromkeys(sums, buckets)
+    assert sum(update.values()) == pytest.approx(expected + 2 * NUM_PARAMETERS + buckets + SERVER_RESIDUE, rel=0.01)
     assert sums["while it trains"]["trainer"] > update["trainer"]
     assert sums["while it generates"]["server"] == 40 * GIB
 
