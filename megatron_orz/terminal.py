@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 140
+WIDTH = 150
 """Columns of what goes into a file or a pipe."""
 
 

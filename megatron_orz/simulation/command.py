@@ -20,9 +20,6 @@ from megatron_orz.simulation.report import check_table, draw, outcome_markdown, 
 from megatron_orz.simulation.runs import MeasuredRun, read_run
 from megatron_orz.simulation.sweep import Outcome, best_outcome, modes
 
-FILE_WIDTH = 150
-"""Columns of the tables in a file or a pipe, where nobody knows how wide they may be."""
-
 
 @dataclass(frozen=True)
 class Arguments:
@@ -67,8 +64,6 @@ class Arguments:
 def run(arguments: Arguments, console: Console | None = None) -> None:
     """Prints what the profile is made of, and what it predicts. Raises ValueError for what makes no simulation."""
     console = console or Console()
-    if not console.is_terminal:
-        console.width = max(console.width, FILE_WIDTH)
     profile = load_profile(arguments.profile, max_running=arguments.max_running)
     console.print(source_table(profile))
     outcomes: dict[int, list[Outcome]] = {}

@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_orz.simulation.profile import Decoding, Profile, Training
 
-FLOPS = 990e12
+FLOPS = 989e12
 """Dense bfloat16 peak of an H800, per second (NVIDIA's data sheet)."""
 HBM_BYTES_PER_S = 3.35e12
 LINK_BYTES_PER_S = 50e9
@@ -74,7 +74,7 @@ def published_profile(name: str) -> Profile:
     ) / model.gpus_per_server
     forward_s = 2 * model.num_parameters / FLOPS / TRAINING_SHARE
     training = Training(
-        infer_s=2 * forward_s,
+        infer_s=forward_s,
         critic_s=3 * forward_s,
         policy_s=3 * forward_s,
         update_s=2 * 4 * model.num_parameters / model.gpus_per_replica / LINK_BYTES_PER_S,
@@ -110,8 +110,9 @@ def published_profile(name: str) -> Profile:
             f"B/s, 2 FLOP a parameter and token at {DECODING_SHARE:.0%} of {FLOPS:.3g}, {LAUNCH_S:g} s of launches; "
             "both shares assumed; max_running: vLLM's default on an H100",
             "training": f"arithmetic: 2 FLOP a parameter and token forward and 4 backward at {TRAINING_SHARE:.0%} of "
-            f"{FLOPS:.3g} (assumed; prime-rl publishes 14.7 % to 36.1 %), policy and critic alike; an update sums "
-            f"float32 gradients at {LINK_BYTES_PER_S:.3g} B/s; number of updates: {recipe}",
+            f"{FLOPS:.3g} (assumed; prime-rl publishes 14.7 % to 36.1 %), policy and critic alike; the critic alone "
+            "infers, because the policy's only update does so by itself; an update sums float32 gradients at "
+            f" {LINK_BYTES_PER_S:.3g} B/s; number of updates: {recipe}",
             "gpus_per_server": recipe,
             "gpus_per_replica": "tools/plan.py layout",
             "sync_s": model.sync_source,

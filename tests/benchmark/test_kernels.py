@@ -5,6 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ def test_every_task_is_checked_timed_and_written(tmp_path: Path) -> None:
     path = kernels.run(replace(TINY, output=tmp_path / "results" / "tiny.json"), console)
     results = json.loads(path.read_text())
     assert results["environment"]["torch"] == torch.__version__
+    assert results["environment"]["packages"]["transformers"] == version("transformers")
     rows = {group["task"]: group["rows"] for group in results["groups"]}
     others = {"eager", "chunked"}
     assert {task: set(of_task) for task, of_task in rows.items()} == {

@@ -117,6 +117,23 @@ def test_a_published_profile_is_what_it_says(name: str) -> None:
     assert min(map(min, profile.groups)) >= 1
 
 
+def test_the_arithmetic_of_the_recipe_is_that_by_hand() -> None:
+    """7.6e9 parameters on an H800: 989 TFLOP/s, 3.35 TB/s, links of 50 GB/s.
+
+    A pass over a token takes 15.2 GFLOP, at 35 % of the peak 43.9 microseconds. An update sends and receives a quarter
+    of the gradients, 7.6 GB. Reading 15.2 GB of weights at 80 % of the bandwidth takes 5.67 ms; a response adds 57 kB
+    of keys and values for each of 1000 tokens, 21.4 microseconds, and its 15.2 GFLOP at half of the peak, 30.7.
+    """
+    profile = published_profile("orz-7b-h800")
+    training = profile.training
+    assert training.infer_s == pytest.approx(43.9e-6, rel=1e-3), "the critic's; the policy's update infers by itself"
+    assert (training.critic_s, training.policy_s) == pytest.approx((3 * training.infer_s,) * 2)
+    assert training.update_s == pytest.approx(2 * 7.6e9 / 50e9)
+    assert (training.num_critic_updates, training.num_policy_updates) == (12, 1)
+    assert profile.decoding.iteration_s == pytest.approx(5.67e-3 + 1e-3, rel=1e-3)
+    assert profile.decoding.response_s == pytest.approx(21.4e-6 + 30.7e-6, rel=2e-3)
+
+
 @pytest.mark.parametrize(
     ("profile", "changes", "message"),
     [
@@ -126,6 +143,7 @@ def test_a_published_profile_is_what_it_says(name: str) -> None:
         (("orz-8b",), {}, "there is no profile 'orz-8b'; give one of orz-7b-h800"),
         (("orz-7b-h800", "orz-32b-h800"), {}, "orz-7b-h800 is no directory"),
         (("orz-7b-h800",), {"gpus": (4,), "oversampling": 0.0, "colocated": False}, "cannot be split"),
+        (("orz-7b-h800",), {"trainer_gpus": 0, "colocated": False}, "0 GPUs of the trainer are no multiple of the 4"),
     ],
 )
 def test_bad_input_is_one_sentence(profile: tuple[str, ...], changes: dict[str, object], message: str) -> None:
