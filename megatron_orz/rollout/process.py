@@ -72,4 +72,4 @@ class SupervisedProcess(Closeable):
         # The supervisor ends by itself soon after the grace: it sends SIGKILL until nothing is left.
         if self.exit_code(wait_s=_END_S) is None:
             self._supervisor.kill()
-            self._supervisor.wait(_END_S)
+            self._supervisor.wait(_GRACE_S)

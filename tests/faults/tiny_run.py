@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_orz import train
 from megatron_orz.config import (
     CheckpointConfig, Config, CriticConfig, DataConfig, EvaluationConfig, FleetConfig, ModelConfig, OptimizerConfig,
-    PPOConfig, SamplingConfig,
+    PPOConfig, RewardConfig, SamplingConfig,
 )
 
 HERE = Path(__file__).parent
@@ -28,6 +28,7 @@ RECIPE = Config(
     data=DataConfig(train=(HERE / "train.jsonl",), template="short", max_prompt_tokens=24, max_pack_tokens=96),
     fleet=FleetConfig(kind="local", max_model_tokens=32, kv_cache_gib=0.1, cpu_threads=1),
     evaluation=EvaluationConfig(data=(HERE / "held_out.jsonl",), num_responses=2, interval=2),
+    reward=RewardConfig(timeout_s=120.0),
     checkpoint=CheckpointConfig(interval=2, keep=1),
 )
 

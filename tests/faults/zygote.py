@@ -90,7 +90,7 @@ class Zygote:
     ) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=STRAGGLERS_S)
+        self._process.wait(timeout=DEADLINE_S)
 
     def run(
         self,
