@@ -10,6 +10,8 @@ from typing import Any
 
 from megatron_orz.rollout.servers import ServerError
 
+_POLL_S = 0.02
+
 
 class Deadline:
     """Of one weight update, or of connecting for it."""
@@ -43,9 +45,15 @@ def in_background(call: Callable[[], None]) -> Future[None]:
     return future
 
 
-def first_error(futures: Sequence[Future[Any]]) -> None:
-    """Waits for all of them; raises the first error without waiting for the others, whose own deadlines end them."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+def first_error(futures: Sequence[Future[Any]], check: Callable[[], None] | None = None) -> None:
+    """Waits for all of them; raises the first error without waiting for the others, whose own deadlines end them.
+
+    check: called meanwhile; raises what ends the wait.
+    """
+    done, others = wait(futures, None if check is None else _POLL_S, return_when=FIRST_EXCEPTION)
+    while check is not None and others and not any(future.exception() for future in done):
+        check()
+        done, others = wait(futures, _POLL_S, return_when=FIRST_EXCEPTION)
     for future in futures:
         if future in done:
             future.result()

@@ -18,9 +18,9 @@ from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.config import FleetConfig, TransportKind
 from megatron_orz.rollout import transport
 from megatron_orz.rollout.buckets import Bucket
-from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport, choose_transport
 from megatron_orz.rollout.verification import SAMPLING_PERIOD, WeightMismatch
+from megatron_orz.rollout.weight_sender import WeightSender
 from megatron_orz.types import NamedWeights
 
 STARTED_WITHIN_S = 200.0
