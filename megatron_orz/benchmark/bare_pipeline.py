@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from megatron_orz.config import TransportKind, Verification
@@ -12,7 +13,7 @@ from megatron_orz.rollout.transports import build_transport
 from megatron_orz.rollout.weight_sender import Client, WeightSender
 from megatron_orz.types import Metrics, NamedWeights
 
-_END_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 30.0
 
 
 class BarePipeline:
@@ -33,45 +34,41 @@ class BarePipeline:
         delta: bool = False,
     ) -> None:
         halves = [build_transport(kind, folder=folder / f"stage-{stage}") for stage in range(num_stages)]
-        self.leader = WeightSender(
+        self._leader = WeightSender(
             clients, halves[0], timeout_s=timeout_s, verification=verification, delta=delta, num_senders=num_stages
         )
-        offer = self.leader.invite()
-        self.followers = [
-            StageSender(half, offer, stage, verification=verification) for stage, half in enumerate(halves) if stage
-        ]
+        offer = self._leader.invite()
+        self._senders: list[WeightSender | StageSender] = [self._leader]
+        for stage in range(1, num_stages):
+            self._senders.append(StageSender(halves[stage], offer, stage, verification=verification))
         self.errors: list[BaseException | None] = []
         """Of the followers, in what was asked last."""
         self._threads = ThreadPoolExecutor(num_stages, "stage")
 
     def connect(self) -> None:
         """Joins the servers."""
-        self._together(self.leader.connect, [follower.connect for follower in self.followers])
+        self._together([sender.connect for sender in self._senders])
 
     def send(self, parts: Sequence[NamedWeights], version: int) -> None:
-        """parts: the weights of each stage."""
-
-        def send(sender: WeightSender | StageSender, weights: NamedWeights) -> Callable[[], None]:
-            return lambda: sender.send(weights, version)
-
-        first, *others = map(send, (self.leader, *self.followers), parts)
-        self._together(first, others)
+        """parts: the weights of each stage; one that has none does not come."""
+        pairs = zip(self._senders, parts, strict=False)
+        self._together([partial(sender.send, weights, version) for sender, weights in pairs])
 
     def metrics(self) -> Metrics:
         """Of the last update of all stages."""
-        return self.leader.metrics()
+        return self._leader.metrics()
 
     def close(self) -> None:
         """Leaves the servers."""
-        for sender in (self.leader, *self.followers):
+        for sender in self._senders:
             sender.close()
         self._threads.shutdown(wait=False)
 
-    def _together(self, leading: Callable[[], None], following: Sequence[Callable[[], None]]) -> None:
+    def _together(self, actions: Sequence[Callable[[], None]]) -> None:
         """Raises what fails on the leader, or else on a follower."""
-        futures: list[Future[None]] = [self._threads.submit(action) for action in following]
+        futures = [self._threads.submit(action) for action in actions[1:]]
         try:
-            leading()
+            actions[0]()
         finally:
             self.errors = [future.exception(_END_TIMEOUT_S) for future in futures]
         for future in futures:

@@ -164,7 +164,7 @@ def test_a_stage_that_fails_ends_the_update_everywhere_with_its_reason(
         with pytest.raises(ArithmeticError if failing == 0 else RuntimeError, match="a rank died"):
             pipeline.send(parts(weights), 0)
         assert all("a rank died" in str(error) for error in pipeline.errors)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
     with open_pipeline(servers, kind, tmp_path) as again:
         again.connect()
         again.send(parts(of_stage), 1)
@@ -188,7 +188,7 @@ def test_a_server_that_dies_ends_the_update_on_every_stage(kind: TransportKind, 
             with pytest.raises((EOFError, RuntimeError, ConnectionError)):
                 pipeline.send(parts(weights), 0)
             assert None not in pipeline.errors
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 30
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -201,7 +201,7 @@ def test_a_server_that_refuses_to_connect_is_an_error_on_every_stage_at_once(
             pipeline.connect()
         assert len(pipeline.errors) == 2
         assert all("another sender of weights failed: RuntimeError: out of memory" in str(e) for e in pipeline.errors)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
 
 
 def test_a_stage_that_cannot_join_is_an_error_on_every_stage_at_once(
@@ -220,18 +220,15 @@ def test_a_stage_that_cannot_join_is_an_error_on_every_stage_at_once(
         with pytest.raises(RuntimeError, match="another sender of weights failed: OSError: no route to host"):
             pipeline.connect()
         assert all("no route to host" in str(error) for error in pipeline.errors)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
 
 
 def test_a_stage_that_never_comes_ends_the_update_at_the_deadline(servers: list[BareServer], tmp_path: Path) -> None:
     """As where its process has died without a word: the watchdog of a run sees that sooner."""
-    with open_pipeline(servers[:1], "gloo", tmp_path, timeout_s=3, num_stages=2) as pipeline:
+    with open_pipeline(servers[:1], "gloo", tmp_path, timeout_s=5, num_stages=2) as pipeline:
         pipeline.connect()
-        (absent,) = pipeline.followers
-        pipeline.followers = []
-        with pytest.raises(RuntimeError, match=r"longer than fleet\.update_timeout_s = 3 s|did not tell its sent/1"):
+        with pytest.raises(RuntimeError, match=r"longer than fleet\.update_timeout_s = 5 s|did not tell its sent/1"):
             pipeline.send(parts(of_stage, 1), 0)
-        absent.close()
 
 
 class Servers:
