@@ -231,6 +231,44 @@ def test_a_stage_that_never_comes_ends_the_update_at_the_deadline(servers: list[
             pipeline.send(parts(of_stage, 1), 0)
 
 
+ELSEWHERE = ("http://10.0.0.7:8000",)
+
+
+@pytest.mark.parametrize(
+    ("options", "first_ranks", "is_one_node", "send"),
+    [
+        ({"transport": "gloo"}, [0, 2], True, True),
+        ({"transport": "disk", "delta": True}, [0, 2], True, True),
+        ({"urls": ELSEWHERE}, [0, 2], False, True),
+        ({"transport": "gloo"}, [0], True, False),
+        ({}, [0, 2], True, False),  # by memory that servers and rank 0 share
+        ({"transport": "gloo", "urls": ("http://127.0.0.1:8000",)}, [0, 2], False, False),
+        ({"transport": "gloo", "kind": "sglang", "urls": ELSEWHERE}, [0, 2], True, False),
+    ],
+)
+def test_stages_send_where_they_reach_the_servers(
+    options: dict[str, Any], first_ranks: list[int], is_one_node: bool, send: bool, tmp_path: Path
+) -> None:
+    config, ranks = FleetConfig(**options), Ranks()
+    senders = stage_senders(
+        config.kind,  # type: ignore[arg-type]
+        config,
+        run_dir=tmp_path,
+        first_ranks=first_ranks,
+        is_one_node=is_one_node,
+        ranks=ranks,
+    )
+    assert (senders is not None) == send
+
+
+def test_a_server_on_the_gpu_of_a_stage_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = FleetConfig(transport="nccl", gpus=(2, 3), num_servers=2)
+    with pytest.raises(ValueError, match=r"fleet\.gpus \(2, 3\) has \[2\], on which ranks send"):
+        stage_senders("vllm", config, run_dir=tmp_path, first_ranks=[0, 2], is_one_node=True, ranks=Ranks())
+    assert stage_senders("vllm", config, run_dir=tmp_path, first_ranks=[0, 1], is_one_node=True, ranks=Ranks())
+
+
 class Servers:
     """Of rank 0, in place of a `ServerGroup`."""
 
