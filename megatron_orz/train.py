@@ -82,7 +82,7 @@ def train(config: Config) -> None:
         mesh, ranks, log, is_main = run.mesh, run.ranks, run.log, run.is_main
         with log.console.status("starting the fleet and building the models"):
             fleet = stack.enter_context(
-                open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir)
+                open_fleet(config.fleet, config.sampling, config.policy, run_dir=config.run_dir, stage=mesh.pp_rank)
             )
             if isinstance(fleet, ServerFleet):
                 log.include(fleet.metrics)

@@ -30,14 +30,20 @@ NamedWeights: TypeAlias = Iterator[tuple[str, Tensor]]
 class RepeatableWeights(Iterator[tuple[str, Tensor]]):
     """Weights that can be gathered once more from the start: the servers they were meant for may die midway.
 
-    gather_first: gathers them for the first rank alone, where that takes less.
+    gather_first: gathers them for the first rank alone; gather_stage: for every rank, those of its pipeline stage. Each
+    where that takes less.
     """
 
     def __init__(
-        self, gather: Callable[[], NamedWeights], *, gather_first: Callable[[], NamedWeights] | None = None
+        self,
+        gather: Callable[[], NamedWeights],
+        *,
+        gather_first: Callable[[], NamedWeights] | None = None,
+        gather_stage: Callable[[], NamedWeights] | None = None,
     ) -> None:
         self._gather = gather
         self._gather_first = gather_first or gather
+        self._gather_stage = gather_stage or gather
         self._items = gather()
 
     def __next__(self) -> tuple[str, Tensor]:
@@ -45,11 +51,15 @@ class RepeatableWeights(Iterator[tuple[str, Tensor]]):
 
     def again(self) -> RepeatableWeights:
         """The same weights from the start. Collective, like every iteration."""
-        return RepeatableWeights(self._gather, gather_first=self._gather_first)
+        return RepeatableWeights(self._gather, gather_first=self._gather_first, gather_stage=self._gather_stage)
 
     def on_first_rank(self) -> RepeatableWeights:
         """The same weights from the start, on the first rank; others may get a part of them. Collective."""
         return RepeatableWeights(self._gather_first)
+
+    def of_stage(self) -> RepeatableWeights:
+        """From the start, the weights of this rank's pipeline stage. Collective over its ranks."""
+        return RepeatableWeights(self._gather_stage)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

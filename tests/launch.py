@@ -17,7 +17,7 @@ from megatron_orz.rollout.servers import free_port
 
 def run_ranks(world_size: int, function: Callable[..., None], *args: Any) -> None:
     """Calls `function(*args)` in `world_size` new processes; an exception in one of them is raised here."""
-    mp.spawn(_rank_main, args=(world_size, free_port(), function, args), nprocs=world_size)
+    mp.spawn(rank_main, args=(world_size, free_port(), function, args), nprocs=world_size)
 
 
 class RankPool:
@@ -77,7 +77,7 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            _rank_main(rank, world_size, port, function, args)
+            rank_main(rank, world_size, port, function, args)
             pipe.send(None)
         except Exception as error:
             pipe.send((error, traceback.format_exc()))
@@ -85,7 +85,8 @@ def _serve(rank: int, world_size: int, pipe: Connection) -> None:
         gc.collect()
 
 
-def _rank_main(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def rank_main(rank: int, world_size: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+    """What one of the processes does."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

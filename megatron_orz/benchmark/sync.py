@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,16 +22,15 @@ from transformers import AutoModelForCausalLM
 
 from megatron_orz import terminal
 from megatron_orz.benchmark import environment, floors, results, workload
+from megatron_orz.benchmark.bare_pipeline import BarePipeline
 from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.benchmark.measure import Run, interleaved_times
 from megatron_orz.benchmark.options import check_positive
 from megatron_orz.benchmark.workload import ModelName
 from megatron_orz.config import TransportKind
-from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import build_transport
 
 MEMCPY, DISK, LOOPBACK = "memcpy", "disk write and read", "loopback TCP"
-DELTA_TRANSPORTS: tuple[TransportKind, ...] = ("gloo", "disk")
+NETWORK_TRANSPORTS: tuple[TransportKind, ...] = ("gloo", "disk")
 LR = 1e-6
 """By which every weight differs between two updates of changes alone, up or down: as after one step of Adam."""
 SCALE = 0.02
@@ -52,6 +51,8 @@ class Arguments:
     """By default all that this machine has."""
     num_servers: int = 1
     """Servers that one send reaches."""
+    num_stages: int = 1
+    """Time gloo and disk also with so many pipeline stages, each of which sends its part of the weights."""
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     """Where the weights are."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -70,7 +71,12 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but there is none; use --device cpu")
-        check_positive(self, "repeats", "num_servers")
+        check_positive(self, "repeats", "num_servers", "num_stages")
+        if self.num_stages > 1 and self.device == "cuda":
+            raise ValueError(
+                f"num_stages is {self.num_stages}, and the stages here are threads of one process, which would share "
+                "its GPU; set --device cpu"
+            )
         if "auto" in self.transport:
             raise ValueError("transport has auto, which is one of the others; name those to time")
         if self.delta and (self.dtype, self.wire_dtype) != ("float32", "bfloat16"):
@@ -136,22 +142,30 @@ def measure(
         if "gloo" in arguments.transports:
             runs[LOOPBACK] = stack.enter_context(floors.loopback(on_the_way))
         started = {
-            (kind, delta): [
+            (kind, delta, num_stages): [
                 stack.enter_context(BareServer(device=device, dtype=dtype)) for device in _devices(arguments)
             ]
             for kind in arguments.transports
-            for delta in ([False, True] if arguments.delta and kind in DELTA_TRANSPORTS else [False])
+            for delta in ([False, True] if arguments.delta and kind in NETWORK_TRANSPORTS else [False])
+            for num_stages in ({1, arguments.num_stages} if kind in NETWORK_TRANSPORTS else {1})
         }
         versions = [weights, _trained(weights)] if arguments.delta else [weights]
-        senders: dict[str, WeightSender] = {}
-        for (kind, delta), servers in started.items():
-            half = build_transport(kind, folder=folder / str(delta))
-            sender = WeightSender(servers, half, timeout_s=TIMEOUT_S, verification="off", delta=delta)
+        senders: dict[str, BarePipeline] = {}
+        for (kind, delta, num_stages), servers in started.items():
+            name = kind + ", delta" * delta + f", {num_stages} stages" * (num_stages > 1)
+            sender = BarePipeline(
+                servers,
+                kind,
+                folder / name,
+                num_stages=num_stages,
+                timeout_s=TIMEOUT_S,
+                verification="off",
+                delta=delta,
+            )
             stack.enter_context(closing(sender))
             sender.connect()
-            name = f"{kind}, delta" if delta else kind
             senders[name] = sender
-            runs[name] = partial(_send, sender, cycle(versions))
+            runs[name] = partial(_send, sender, cycle([_split(version, num_stages) for version in versions]))
         # Wall-clock time also on a GPU: an update is over when the servers say so.
         times = interleaved_times(runs, torch.device("cpu"), num_repeats=arguments.repeats)
         return times, {name: sender.metrics()["sync/gib"] * 2**30 for name, sender in senders.items()}
@@ -191,5 +205,13 @@ def _trained(weights: Sequence[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
     return [(name, weight + LR * torch.randn_like(weight).sign()) for name, weight in weights]
 
 
-def _send(sender: WeightSender, versions: Iterator[Sequence[tuple[str, Tensor]]]) -> None:
-    sender.send(iter(next(versions)), 0)
+def _split(weights: Sequence[tuple[str, Tensor]], num_stages: int) -> list[Sequence[tuple[str, Tensor]]]:
+    """Parts of about the same size, in order."""
+    ends = accumulate(weight.nbytes for _, weight in weights)
+    share = sum(weight.nbytes for _, weight in weights) / num_stages
+    stages = [min(num_stages - 1, int((end - 1) // share)) for end in ends]
+    return [[item for item, of in zip(weights, stages, strict=True) if of == stage] for stage in range(num_stages)]
+
+
+def _send(sender: BarePipeline, versions: Iterator[Sequence[Sequence[tuple[str, Tensor]]]]) -> None:
+    sender.send([iter(part) for part in next(versions)], 0)

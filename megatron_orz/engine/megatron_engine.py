@@ -166,7 +166,9 @@ class MegatronEngine(ABC, Generic[Output]):
         """The whole weights under their Hugging Face names; every rank must exhaust the iterator."""
         self.finish_update()
         gather = partial(weights.hf_weights, self.chunks, self.architecture, self.mesh, value_head=self._has_value_head)
-        return RepeatableWeights(gather, gather_first=partial(gather, everywhere=False))
+        return RepeatableWeights(
+            gather, gather_first=partial(gather, reach="first"), gather_stage=partial(gather, reach="own")
+        )
 
     def finish_update(self) -> None:
         """Brings parameters that are still on their way from other ranks to this one. Collective."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,9 @@ from megatron_orz.engine.stages import stage_of_layer
 from megatron_orz.engine.torch_dist import FUSED_NORMS, is_torch_dist
 from megatron_orz.engine.weight_table import Cut, Entry, Layout, Replicated, weight_table
 from megatron_orz.types import NamedWeights
+
+Reach: TypeAlias = Literal["all", "first", "own"]
+"""The pipeline stages that a tensor gets to."""
 
 NUM_AHEAD = 2
 """Tensors on their way between stages while another one is used."""
@@ -73,14 +77,14 @@ def hf_weights(
     mesh: Mesh,
     *,
     value_head: bool,
-    everywhere: bool = True,
+    reach: Reach = "all",
 ) -> NamedWeights:
-    """The whole weights under Hugging Face names, in the order of the layers: on every rank, or (everywhere: False) on
-    those of the first stage, where the others yield their own.
+    """The whole weights under Hugging Face names, in the order of the layers: on every rank (reach: all), on those of
+    the first stage, where the others yield their own (first), or on each stage its own.
 
-    A collective over the ranks that share a copy of the model: every rank must exhaust the iterator. A tied output
-    weight is the embedding, and is not yielded again. A tensor may share memory with the live parameter: copy what has
-    to outlast the next update.
+    A collective over the ranks that share a copy of the model, or (own) a stage of it: every rank must exhaust the
+    iterator. A tied output weight is the embedding, and is not yielded again. A tensor may share memory with the live
+    parameter: copy what has to outlast the next update.
     """
     parameters = global_parameters(chunks)
     under_way: deque[tuple[str, Tensor, dist.Work | None]] = deque()
@@ -95,23 +99,23 @@ def hf_weights(
             else:
                 whole = _share_expert(parameters.get(entry.megatron_name), entry, dtype, architecture, mesh)
             tensors = [tensor.contiguous() for tensor in entry.layout.split(whole)]
-        elif everywhere or mesh.pp_rank == 0:
+        elif reach == "all" or (reach == "first" and mesh.pp_rank == 0):
             tensors = [torch.empty(shape, dtype=dtype, device=mesh.device) for shape in entry.hf.values()]
         else:
             continue
         for name, tensor in zip(entry.hf, tensors, strict=True):
-            under_way.append((name, tensor, _hop(tensor, owner_stage, mesh, everywhere=everywhere)))
+            under_way.append((name, tensor, _hop(tensor, owner_stage, mesh, reach)))
             if len(under_way) > NUM_AHEAD:
                 yield _arrived(*under_way.popleft())
     while under_way:
         yield _arrived(*under_way.popleft())
 
 
-def _hop(tensor: Tensor, owner_stage: int, mesh: Mesh, *, everywhere: bool) -> dist.Work | None:
-    """Begins to move a tensor from its stage to all others, or to the first."""
-    if mesh.pp == 1 or (owner_stage == 0 and not everywhere):
+def _hop(tensor: Tensor, owner_stage: int, mesh: Mesh, reach: Reach) -> dist.Work | None:
+    """Begins to move a tensor from its stage to all others, or to the first, unless it stays."""
+    if mesh.pp == 1 or reach == "own" or (reach == "first" and owner_stage == 0):
         return None
-    if everywhere:
+    if reach == "all":
         return dist.broadcast(tensor, group=mesh.pp_group, group_src=owner_stage, async_op=True)
     if mesh.pp_rank == owner_stage:
         return dist.isend(tensor, group=mesh.pp_group, group_dst=0)

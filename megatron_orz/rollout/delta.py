@@ -57,12 +57,13 @@ class SentCopies:
         self._dtype = dtype
         self._copies: dict[str, Tensor] = {}
         self._version: int | None = None
-        self._num_sent = self._num_elements = 0
+        self.num_sent = self.num_elements = 0
+        """Of the last update."""
 
     def begin(self) -> int | None:
         """The version that the next update changes; None where it is sent whole. What is not committed is forgotten."""
         base, self._version = self._version, None
-        self._num_sent = self._num_elements = 0
+        self.num_sent = self.num_elements = 0
         if base is None:
             self._copies.clear()
         return base
@@ -77,18 +78,13 @@ class SentCopies:
                 self._copies[name].copy_(new)
             else:
                 self._copies[name] = new.to("cpu", copy=True)
-            self._num_elements += len(new)
-            self._num_sent += len(new) if changes is None else len(changes) // (VALUE_BYTES + 1)
+            self.num_elements += len(new)
+            self.num_sent += len(new) if changes is None else len(changes) // (VALUE_BYTES + 1)
             yield name, new.view(weight.shape) if changes is None else changes
 
     def commit(self, version: int) -> None:
         """The workers hold all that was encoded, and call it `version`."""
         self._version = version
-
-    @property
-    def sent_share(self) -> float:
-        """Of all elements, of the last update."""
-        return self._num_sent / max(1, self._num_elements)
 
 
 class HeldCopies:

@@ -8,14 +8,16 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from megatron_orz.config import FleetConfig, ModelConfig, SamplingConfig
 from megatron_orz.ranks import Ranks, exhausting
 from megatron_orz.rollout.client import Memory
-from megatron_orz.rollout.kinds import server_client, server_runs, weight_sender
+from megatron_orz.rollout.kinds import server_client, server_runs, stage_senders, weight_sender
 from megatron_orz.rollout.local import LocalFleet
 from megatron_orz.rollout.node_senders import NodeSenders
-from megatron_orz.rollout.nodes import open_nodes
+from megatron_orz.rollout.nodes import first_ranks, open_nodes
+from megatron_orz.rollout.rank_senders import RankSenders
 from megatron_orz.rollout.server_group import ServerGroup, ServersLostError, open_group
 from megatron_orz.rollout_arrays import RolloutArrays
 from megatron_orz.types import Metrics, NamedWeights, OnAnswer, Prompt, RepeatableWeights, Rollout
@@ -31,10 +33,12 @@ def open_fleet(
     model: ModelConfig,
     *,
     run_dir: Path,
+    stage: int = 0,
     on_wait: Callable[[float], None] = lambda elapsed_s: None,
 ) -> Iterator[LocalFleet | ServerFleet]:
     """The fleet of a run, called on every rank. `model` says what the servers start from.
 
+    stage: this rank's place in the pipeline.
     on_wait: called with the seconds elapsed a few times a second while servers start, on rank 0.
     """
     with ExitStack() as stack:
@@ -44,12 +48,25 @@ def open_fleet(
             case "local":
                 yield LocalFleet(model, sampling, ranks=ranks, max_batch_rollouts=fleet.max_batch_rollouts)
             case kind:
-                group, senders = None, None
+                group = None
+                senders: RankSenders[Any] | None
                 nodes = stack.enter_context(open_nodes(kind, fleet, model, run_dir=run_dir, ranks=ranks))
                 if nodes:
                     connect = weight_sender(kind, fleet, model, run_dir=run_dir, node=f"rank-{ranks.rank}")
                     find = partial(server_client, kind, fleet=fleet)
-                    senders = stack.enter_context(closing(NodeSenders(connect, find, nodes=nodes, ranks=ranks)))
+                    senders = NodeSenders(connect, find, nodes=nodes, ranks=ranks)
+                else:
+                    stages = ranks.gather(stage)
+                    senders = stage_senders(
+                        kind,
+                        fleet,
+                        run_dir=run_dir,
+                        first_ranks=[stages.index(stage) for stage in sorted(set(stages))],
+                        is_one_node=len(first_ranks(ranks)) == 1,
+                        ranks=ranks,
+                    )
+                if senders:
+                    stack.enter_context(closing(senders))
                 connect = senders.to if senders else weight_sender(kind, fleet, model, run_dir=run_dir)
                 with ranks.share_fate("starting the servers"):
                     if ranks.rank == 0:
@@ -93,8 +110,8 @@ class RolloutsUnderWay:
 class ServerFleet:
     """A Fleet of inference servers, which rank 0 alone talks to; new weights may come from other ranks."""
 
-    def __init__(self, servers: ServerGroup | None, *, ranks: Ranks, senders: NodeSenders | None = None) -> None:
-        """servers: on rank 0 only. senders: where the servers are on several nodes."""
+    def __init__(self, servers: ServerGroup | None, *, ranks: Ranks, senders: RankSenders[Any] | None = None) -> None:
+        """servers: on rank 0 only. senders: where several ranks send weights."""
         self._servers = servers
         self._ranks = ranks
         self._senders = senders
@@ -109,8 +126,8 @@ class ServerFleet:
 
         When servers die of it, the weights are gathered and sent once more, if they can be.
         """
-        if isinstance(weights, RepeatableWeights) and self._senders is None:
-            weights = weights.on_first_rank()
+        if isinstance(weights, RepeatableWeights):
+            weights = self._senders.share(weights) if self._senders is not None else weights.on_first_rank()
         for attempt in range(1, MAX_UPDATES + 1):
             lost = ""
             is_last = attempt == MAX_UPDATES or not isinstance(weights, RepeatableWeights)

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 
 from megatron_orz.config import FleetConfig, ModelConfig, TransportKind
+from megatron_orz.ranks import Ranks
 from megatron_orz.rollout.client import ServerClient
 from megatron_orz.rollout.node_servers import RemoteNode, RemoteServer
+from megatron_orz.rollout.receiving import Offer
 from megatron_orz.rollout.replica import Running
 from megatron_orz.rollout.server_group import Sender
 from megatron_orz.rollout.servers import InferenceServer
@@ -18,11 +20,12 @@ from megatron_orz.rollout.sglang_client import SGLangClient
 from megatron_orz.rollout.sglang_group import GroupBackend, SGLangGroupSender
 from megatron_orz.rollout.sglang_sender import SGLangSender
 from megatron_orz.rollout.sglang_server import sglang_launch
-from megatron_orz.rollout.transport import WeightSender
-from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport, choose_transport
+from megatron_orz.rollout.stage_senders import StageSender, StageSenders
+from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport, choose_transport, is_on_loopback
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
 from megatron_orz.rollout.vllm_spans import SpanVLLMClient
+from megatron_orz.rollout.weight_sender import WeightSender
 
 ServerKind: TypeAlias = Literal["vllm", "sglang"]
 Connecting = TypeVar("Connecting", WeightSender, SGLangGroupSender)
@@ -63,6 +66,29 @@ def weight_sender(
         return partial(SGLangSender, model_path=model.path, folder=folder, timeout_s=fleet.update_timeout_s)
     assert transport in ("nccl", "gloo"), transport
     return partial(_connect_sglang, backend=transport, timeout_s=fleet.update_timeout_s)
+
+
+def stage_senders(
+    kind: ServerKind, fleet: FleetConfig, *, run_dir: Path, first_ranks: Sequence[int], is_one_node: bool, ranks: Ranks
+) -> StageSenders | None:
+    """Senders of all pipeline stages; None where rank 0 alone sends: it is the only stage, or shares memory with the
+    servers, or they are of another kind, or no other node reaches them.
+
+    first_ranks: of the stages. Raises ValueError for a GPU that an nccl group would hold twice.
+    """
+    transport = choose_transport(fleet)
+    reaches = is_one_node or not is_on_loopback(fleet)
+    if kind != "vllm" or transport == "ipc" or len(first_ranks) == 1 or not reaches:
+        return None
+    if transport == "nccl" and (shared := sorted(set(first_ranks) & set(fleet.gpus))) and not fleet.urls:
+        raise ValueError(
+            f"fleet.transport is nccl, whose groups hold every GPU once, and fleet.gpus {fleet.gpus} has {shared}, on "
+            "which ranks send the weights of their pipeline stages; name others, or set fleet.transport to ipc or gloo"
+        )
+    folder = run_dir / "weights"
+    leader = partial(_vllm_sender, transport=transport, folder=folder, fleet=fleet, num_senders=len(first_ranks))
+    follower = partial(_stage_sender, transport=transport, folder=folder, fleet=fleet)
+    return StageSenders(leader, follower, first_ranks=first_ranks, ranks=ranks)
 
 
 def start_server(
@@ -118,20 +144,32 @@ def _start_remote(
     return Running(client=server_client(kind, url, fleet), process=process)
 
 
+def _vllm_sender(
+    clients: Sequence[VLLMClient], *, transport: TransportKind, folder: Path, fleet: FleetConfig, num_senders: int = 1
+) -> WeightSender:
+    """folder: of weights on their way over the disk."""
+    return WeightSender(
+        clients,
+        build_transport(transport, folder=folder),
+        timeout_s=fleet.update_timeout_s,
+        verification=fleet.verification,
+        keeps_requests=fleet.swaps_within_responses,
+        delta=fleet.delta,
+        num_senders=num_senders,
+    )
+
+
 def _connect_vllm(
     clients: Sequence[VLLMClient], *, transport: TransportKind, folder: Path, fleet: FleetConfig
 ) -> WeightSender:
-    """folder: of weights on their way over the disk."""
-    return _connected(
-        WeightSender(
-            clients,
-            build_transport(transport, folder=folder),
-            timeout_s=fleet.update_timeout_s,
-            verification=fleet.verification,
-            keeps_requests=fleet.swaps_within_responses,
-            delta=fleet.delta,
-        )
-    )
+    return _connected(_vllm_sender(clients, transport=transport, folder=folder, fleet=fleet))
+
+
+def _stage_sender(
+    offer: Offer, stage: int, *, transport: TransportKind, folder: Path, fleet: FleetConfig
+) -> StageSender:
+    half = build_transport(transport, folder=folder / f"stage-{stage}")
+    return StageSender(half, offer, stage, verification=fleet.verification)
 
 
 def _connect_sglang(clients: Sequence[SGLangClient], *, backend: GroupBackend, timeout_s: float) -> SGLangGroupSender:

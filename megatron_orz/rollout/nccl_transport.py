@@ -18,19 +18,21 @@ class NCCLTransport:
     name = "nccl"
 
     def __init__(self) -> None:
+        # A thread that connects would begin with the first GPU, whichever is this rank's.
+        self._device = torch.device("cuda", torch.cuda.current_device())
         self._group: Any = None
         self._buffers: dict[int, Tensor] = {}
 
     def connect(self, meeting: Meeting) -> None:
         """Joins the group as its first rank; the communicator itself is made by a first, tiny broadcast."""
         self._group = join_group("nccl", meeting, TRAINER_RANK)
-        self._group.broadcast(torch.zeros(1, device="cuda"), TRAINER_RANK).wait()
-        torch.cuda.synchronize()
+        self._group.broadcast(torch.zeros(1, device=self._device), TRAINER_RANK).wait()
+        torch.cuda.synchronize(self._device)
 
     def buffer(self, slot: int, num_bytes: int) -> Tensor:
         """Memory of this rank's GPU."""
         if slot not in self._buffers or len(self._buffers[slot]) < num_bytes:
-            self._buffers[slot] = torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
+            self._buffers[slot] = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
         return self._buffers[slot]
 
     def send(self, bucket: Bucket, slot: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def open_nodes(
 
     Collective. Raises ValueError where the servers cannot be spread evenly.
     """
-    firsts = [rank for rank, local_rank in enumerate(ranks.gather(_local_rank(ranks.rank))) if local_rank == 0]
+    firsts = first_ranks(ranks)
     if fleet.urls or len(firsts) == 1:
         yield []
         return
@@ -46,6 +46,11 @@ def open_nodes(
                 own = _open_node(stack, kind, share, model, run_dir, node=firsts.index(ranks.rank), rank=ranks.rank)
         yield [node for node in ranks.gather(own) if node is not None]
         ranks.gather(None)  # rank 0 has ended its servers: until then, a node that leaves would be a failure to it
+
+
+def first_ranks(ranks: Ranks) -> list[int]:
+    """Those of all nodes, in their order. Collective."""
+    return [rank for rank, local_rank in enumerate(ranks.gather(_local_rank(ranks.rank))) if local_rank == 0]
 
 
 def _open_node(

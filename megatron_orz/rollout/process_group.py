@@ -1,4 +1,4 @@
-"""A process group of the trainer and the servers' workers, which touches neither side's own groups.
+"""A process group of a rank of the trainer and the servers' workers, which touches neither side's own groups.
 
 Imported on both sides: nothing but torch.
 """
@@ -18,11 +18,12 @@ NUM_CONNECTIONS = 2
 
 
 def join_group(backend: str, meeting: Meeting, rank: int) -> Any:
-    """A ProcessGroupGloo or ProcessGroupNCCL of the trainer (rank 0) and all workers; returns when all have joined.
+    """A ProcessGroupGloo or ProcessGroupNCCL of a sender (rank 0) and all workers; returns when all have joined.
 
     Every operation in it has the meeting's deadline.
     """
-    return _join(backend, dist.PrefixStore("group", meeting.store), meeting, rank, num_connections=NUM_CONNECTIONS)
+    store = dist.PrefixStore(f"group/{meeting.sender}", meeting.store)
+    return _join(backend, store, meeting, rank, num_connections=NUM_CONNECTIONS)
 
 
 def join_torch_group(backend: str, meeting: Meeting, rank: int, *, name: str) -> Any:

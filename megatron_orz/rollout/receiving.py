@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -52,13 +51,14 @@ class Offer:
     timeout_s: float
     delta: bool = False
     """Updates hold only what has changed."""
+    num_senders: int = 1
+    """Ranks of the trainer, each with a part of the weights."""
 
 
 @dataclass
 class Update:
-    """Where in the trainer's announcements an update begins, and what it makes of what."""
+    """What an update makes of what."""
 
-    first_message: int
     version: int
     base: int | None = None
     """The version whose changes are sent; None: all weights are."""
@@ -74,7 +74,11 @@ class WeightReceiver:
         )
         self._copies = HeldCopies(device) if offer.delta else None
         arrival = torch.device("cpu") if offer.delta else device
-        self._half = RECEIVERS[offer.transport](self._meeting, offer.first_rank + worker, arrival)
+        rank = offer.first_rank + worker
+        self._halves = [
+            RECEIVERS[offer.transport](self._meeting.of(sender), rank, arrival) for sender in range(offer.num_senders)
+        ]
+        self._num_heard = 0
 
     def buckets(self, update: Update) -> Iterator[list[tuple[str, Tensor]]]:
         """The tensors of an update, bucket by bucket; those of a bucket are valid until the next one is asked for.
@@ -83,17 +87,19 @@ class WeightReceiver:
         """
         if self._copies is not None:
             self._copies.begin(update.base)
-        for number in count(update.first_message):
-            message = self._meeting.hear(number)
-            if message["names"]:
-                tensors = self._half.receive(message)
+        has_ended = False
+        while not has_ended:
+            message = self._meeting.hear(self._num_heard)
+            has_ended = not message["names"]
+            if not has_ended:
+                tensors = self._halves[message["sender"]].receive(message)
                 yield from [tensors] if self._copies is None else self._copies.decode(tensors)
-            self._meeting.release(number)
-            if not message["names"]:
-                break
+            self._meeting.release(self._num_heard)
+            self._num_heard += 1
         if self._copies is not None:
             self._copies.commit(update.version)
 
     def close(self) -> None:
         """Leaves the trainer."""
-        self._half.close()
+        for half in self._halves:
+            half.close()

@@ -24,8 +24,8 @@ from megatron_orz.rollout.buckets import Bucket, fill_buckets
 from megatron_orz.rollout.meeting import Meeting, meeting_address
 from megatron_orz.rollout.process_group import TRAINER_RANK, join_torch_group
 from megatron_orz.rollout.servers import ServerError
-from megatron_orz.rollout.transport import Client
 from megatron_orz.rollout.waiting import Deadline, first_error, in_background
+from megatron_orz.rollout.weight_sender import Client
 from megatron_orz.types import Metrics, NamedWeights
 
 GroupBackend: TypeAlias = Literal["nccl", "gloo"]

@@ -26,7 +26,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def choose_transport(fleet: FleetConfig) -> TransportKind:
     """`fleet.transport`, or the fastest one that reaches the servers. Raises ValueError for one that does not."""
     has_gpus = torch.cuda.is_available()
-    is_one_machine = all(urlsplit(url).hostname in _LOOPBACK for url in fleet.urls)
+    is_one_machine = is_on_loopback(fleet)
     if fleet.transport == "ipc" and fleet.kind == "sglang":
         raise ValueError("fleet.transport is ipc, by which SGLang's servers get no weights; set nccl, gloo or disk")
     if fleet.transport == "ipc" and not is_one_machine:
@@ -48,6 +48,11 @@ def choose_transport(fleet: FleetConfig) -> TransportKind:
     if is_one_machine:
         return "ipc"
     return "nccl" if has_gpus else "gloo"
+
+
+def is_on_loopback(fleet: FleetConfig) -> bool:
+    """Whether all servers are on the machine of rank 0, at addresses that no other machine reaches."""
+    return all(urlsplit(url).hostname in _LOOPBACK for url in fleet.urls)
 
 
 def _shares_gpu(fleet: FleetConfig) -> bool:

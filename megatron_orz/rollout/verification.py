@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -14,6 +14,9 @@ from megatron_orz.types import NamedWeights
 
 SAMPLING_PERIOD = 16
 """After the first update, each one verifies every sixteenth tensor, beginning with another one each time."""
+
+Digests: TypeAlias = Mapping[str, Sequence[int]]
+"""Of tensors by name: digest, number of elements."""
 
 
 class WeightMismatch(ServerError):
@@ -31,37 +34,34 @@ class SentDigests:
         self._period = {"off": 0, "full": 1, "sampled": SAMPLING_PERIOD if num_updates else 1}[verification]
         self._phase = num_updates
         self._dtype = dtype
-        self._sent: dict[str, tuple[int, int]] = {}  # name -> digest, number of elements
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors to verify."""
-        return list(self._sent)
+        self.sent: dict[str, tuple[int, int]] = {}
+        """Digest and number of elements of the tensors to verify."""
 
     def watch(self, weights: NamedWeights) -> Iterator[tuple[str, torch.Tensor]]:
         """Passes the weights on, and takes digests."""
         for index, (name, weight) in enumerate(weights):
             if self._period and weight.is_floating_point() and (index - self._phase) % self._period == 0:
-                self._sent[name] = (digest(as_matrix(weight.detach().to(self._dtype or weight.dtype))), weight.numel())
+                self.sent[name] = (digest(as_matrix(weight.detach().to(self._dtype or weight.dtype))), weight.numel())
             yield name, weight
 
-    def compare(self, workers: Sequence[Mapping[str, Sequence[Mapping[str, Any]]]], url: str) -> None:
-        """Compares with the answers of a server's workers to `weight_digests`.
 
-        A tensor may lie in pieces on several workers, and in several places: copies of a block must agree, and the
-        distinct blocks must make up the whole. Raises WeightMismatch with the names of the tensors.
-        """
-        wrong = {}
-        for name, (sent, numel) in self._sent.items():
-            reason = _difference([part for worker in workers for part in worker[name]], sent, numel)
-            if reason is not None:
-                wrong[name] = reason
-        if wrong:
-            few = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
-            raise WeightMismatch(
-                f"the server at {url} does not hold the weights it was sent: {len(wrong)} of {len(self._sent)} "
-                f"verified tensors differ ({few}); restart the run"
-            )
+def compare(sent: Digests, workers: Sequence[Mapping[str, Sequence[Mapping[str, Any]]]], url: str) -> None:
+    """Compares what was sent with the answers of a server's workers to `weight_digests`.
+
+    A tensor may lie in pieces on several workers, and in several places: copies of a block must agree, and the
+    distinct blocks must make up the whole. Raises WeightMismatch with the names of the tensors.
+    """
+    wrong = {}
+    for name, (whole, numel) in sent.items():
+        reason = _difference([part for worker in workers for part in worker[name]], whole, numel)
+        if reason is not None:
+            wrong[name] = reason
+    if wrong:
+        few = "; ".join(f"{name}: {reason}" for name, reason in list(wrong.items())[:5])
+        raise WeightMismatch(
+            f"the server at {url} does not hold the weights it was sent: {len(wrong)} of {len(sent)} "
+            f"verified tensors differ ({few}); restart the run"
+        )
 
 
 def _difference(parts: Sequence[Mapping[str, Any]], sent: int, numel: int) -> str | None:

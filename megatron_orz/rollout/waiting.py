@@ -8,7 +8,11 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from threading import Thread
 from typing import Any
 
+import torch
+
 from megatron_orz.rollout.servers import ServerError
+
+_POLL_S = 0.02
 
 
 class Deadline:
@@ -29,11 +33,15 @@ class Deadline:
 
 
 def in_background(call: Callable[[], None]) -> Future[None]:
-    """Calls it on a thread that nothing waits for: without the other side it cannot end before its deadline."""
+    """Calls it, with the GPU of this thread, on one that nothing waits for: without the other side it cannot end before
+    its deadline."""
     future: Future[None] = Future()
+    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def run() -> None:
         try:
+            if gpu is not None:
+                torch.cuda.set_device(gpu)
             call()
             future.set_result(None)
         except Exception as error:
@@ -43,9 +51,15 @@ def in_background(call: Callable[[], None]) -> Future[None]:
     return future
 
 
-def first_error(futures: Sequence[Future[Any]]) -> None:
-    """Waits for all of them; raises the first error without waiting for the others, whose own deadlines end them."""
-    done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+def first_error(futures: Sequence[Future[Any]], check: Callable[[], None] | None = None) -> None:
+    """Waits for all of them; raises the first error without waiting for the others, whose own deadlines end them.
+
+    check: called meanwhile; raises what ends the wait.
+    """
+    done, others = wait(futures, None if check is None else _POLL_S, return_when=FIRST_EXCEPTION)
+    while check is not None and others and not any(future.exception() for future in done):
+        check()
+        done, others = wait(futures, _POLL_S, return_when=FIRST_EXCEPTION)
     for future in futures:
         if future in done:
             future.result()

@@ -45,6 +45,9 @@ def _gather(path: Path) -> None:
         check(policy.hf_weights(), expected)
         check(policy.hf_weights().on_first_rank(), on_first)
         check(policy.hf_weights().on_first_rank().again(), on_first)
+        of_stage = {name: expected[name] for name in (own if mesh.pp_rank else expected.keys() - own)}
+        check(policy.hf_weights().of_stage(), of_stage)
+        check(policy.hf_weights().of_stage().again(), of_stage)
         check(policy.hf_weights().again(), expected)
 
 
@@ -54,5 +57,5 @@ def check(weights: NamedWeights, expected: dict[str, Tensor]) -> None:
     assert all(torch.equal(weight, expected[name]) for name, weight in gathered.items())
 
 
-def test_the_first_rank_gets_the_weights_of_all_stages(tmp_path: Path) -> None:
+def test_ranks_get_the_weights_of_all_stages_or_of_their_own(tmp_path: Path) -> None:
     run_ranks(2, _gather, save_policy(tmp_path / "tied", "qwen3"))

@@ -15,9 +15,9 @@ from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.config import FleetConfig, TransportKind
 from megatron_orz.rollout import delta, transport
 from megatron_orz.rollout.delta import apply_changes, pack_changes
-from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport
 from megatron_orz.rollout.verification import WeightMismatch
+from megatron_orz.rollout.weight_sender import WeightSender
 from megatron_orz.types import NamedWeights
 
 KINDS: list[TransportKind] = ["gloo", "disk"]
@@ -174,8 +174,8 @@ def test_changes_of_another_version_are_refused(servers: list[BareServer], tmp_p
     trained = Trained()
     with closing(connected(servers, "gloo", tmp_path)) as sender:
         sender.send(trained.step(), 4)
-        assert sender._copies is not None
-        sender._copies.commit(5)
+        assert sender._stream is not None
+        sender._stream.commit(5)
         with pytest.raises(RuntimeError, match="weights of version 5, but this worker holds version 4; all weights"):
             sender.send(trained.step(), 6)
     with closing(connected(servers, "gloo", tmp_path)) as sender:

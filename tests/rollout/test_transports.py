@@ -18,10 +18,10 @@ from megatron_orz.benchmark.bare_server import BareServer
 from megatron_orz.config import FleetConfig, TransportKind
 from megatron_orz.rollout import kinds, transport
 from megatron_orz.rollout.buckets import Bucket
-from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import build_transport, choose_transport
 from megatron_orz.rollout.verification import SAMPLING_PERIOD, WeightMismatch
 from megatron_orz.rollout.vllm_client import VLLMClient
+from megatron_orz.rollout.weight_sender import WeightSender
 from megatron_orz.types import NamedWeights
 from tests.rollout.conftest import model_config
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_orz.rollout import verification
 from megatron_orz.rollout.digests import Block, digest
 from megatron_orz.rollout.verification import SentDigests, WeightMismatch
 
@@ -25,7 +26,7 @@ def part(whole: Tensor, block: Block, place: str = "qkv_proj.weight") -> dict[st
 def compare(sent: Tensor, *workers: list[dict[str, Any]]) -> None:
     digests = SentDigests("full", num_updates=0, dtype=None)
     assert [name for name, _ in digests.watch(iter([(NAME, sent)]))] == [NAME]
-    digests.compare([{NAME: parts} for parts in workers], URL)
+    verification.compare(digests.sent, [{NAME: parts} for parts in workers], URL)
 
 
 TOP, BOTTOM, WHOLE = Block(0, 0, 3, 8), Block(3, 0, 5, 8), Block(0, 0, 8, 8)
@@ -75,6 +76,6 @@ def test_what_is_sent_is_what_is_compared() -> None:
     sent = torch.randn(8, 8)
     digests = SentDigests("full", num_updates=0, dtype=torch.bfloat16)
     assert len(list(digests.watch(iter([(NAME, sent)])))) == 1
-    digests.compare([{NAME: [part(sent.bfloat16().float(), WHOLE)]}], URL)
+    verification.compare(digests.sent, [{NAME: [part(sent.bfloat16().float(), WHOLE)]}], URL)
     with pytest.raises(WeightMismatch):
-        digests.compare([{NAME: [part(sent, WHOLE)]}], URL)
+        verification.compare(digests.sent, [{NAME: [part(sent, WHOLE)]}], URL)

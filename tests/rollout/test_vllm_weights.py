@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from megatron_orz.config import DType, FleetConfig, SamplingConfig, TransportKind
 from megatron_orz.rollout import transport
 from megatron_orz.rollout.servers import InferenceServer, ServerError
-from megatron_orz.rollout.transport import WeightSender
 from megatron_orz.rollout.transports import SERVER_ARGUMENTS, build_transport
 from megatron_orz.rollout.verification import WeightMismatch
 from megatron_orz.rollout.vllm_client import VLLMClient
 from megatron_orz.rollout.vllm_server import vllm_launch
+from megatron_orz.rollout.weight_sender import WeightSender
 from megatron_orz.types import NamedWeights
 from tests.rollout.conftest import (
     CHARACTERS,
