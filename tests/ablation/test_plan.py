@@ -124,5 +124,5 @@ def test_max_prompts_keeps_the_first_of_the_training_prompts(home: Path) -> None
     few = replace(recipe, data=replace(recipe.data, max_prompts=7))
     assert read_data(few, tokenizer)[0] == read_data(recipe, tokenizer)[0][:7]
     assert read_data(few, tokenizer)[1] == read_data(recipe, tokenizer)[1]
-    with pytest.raises(ValueError, match=r"data\.max_prompts 0 < 1; leave it out for all prompts"):
+    with pytest.raises(ValueError, match=r"data\.max_prompts 0 is not at least 1; leave it out for all prompts"):
         replace(recipe.data, max_prompts=0)
