@@ -141,7 +141,7 @@ if size > 1:
     os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": sys.argv[2]}
     rank = 0 if os.fork() else 1
     os.environ["RANK"] = str(rank)
-_join_process_group(60.0)
+_join_process_group(300.0)
 groups = [dist.new_group(backend="gloo")]
 dist.all_reduce(torch.ones(4))
 dist.all_reduce(torch.ones(4), group=groups[0])
