@@ -8,8 +8,6 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from threading import Thread
 from typing import Any
 
-import torch
-
 from megatron_orz.rollout.servers import ServerError
 
 _POLL_S = 0.02
@@ -33,15 +31,11 @@ class Deadline:
 
 
 def in_background(call: Callable[[], None]) -> Future[None]:
-    """Calls it, with the GPU of this thread, on one that nothing waits for: without the other side it cannot end before
-    its deadline."""
+    """Calls it on a thread that nothing waits for: without the other side it cannot end before its deadline."""
     future: Future[None] = Future()
-    gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def run() -> None:
         try:
-            if gpu is not None:
-                torch.cuda.set_device(gpu)
             call()
             future.set_result(None)
         except Exception as error:
