@@ -154,7 +154,7 @@ def test_a_second_server_writes_below_the_first_and_is_judged_by_its_own_words(l
 
 def test_a_log_that_is_gone_is_said_in_place_of_its_words(log_path: Path) -> None:
     with start("raise OSError('no such weights')", log_path) as server:
-        assert server.exit_code(wait_s=20) == 1
+        assert server.exit_code(wait_s=120) == 1
         log_path.unlink()
         assert server.last_words().startswith("it cannot be read: [Errno 2]")
 
