@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from megatron_orz.rollout.servers import free_port
@@ -96,3 +97,5 @@ def rank_main(rank: int, world_size: int, port: int, function: Callable[..., Non
     }
     torch.set_num_threads(1)
     function(*args)
+    if dist.is_initialized():  # a process that ends with the threads of its groups may abort
+        dist.destroy_process_group()
