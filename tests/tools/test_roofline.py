@@ -80,4 +80,4 @@ def test_the_figures_in_the_repository_lie_below_their_roofs() -> None:
     }
     assert set(shares) == {"log-prob", "log-prob-gradient", "token-loss", "value-loss"}
     assert max(shares.values()) < 1.1
-    assert shares["log-prob"] > 0.8
+    assert shares["log-prob"] > 0.7
