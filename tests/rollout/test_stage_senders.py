@@ -64,7 +64,7 @@ def open_pipeline(
     folder: Path,
     *,
     num_stages: int = NUM_STAGES,
-    timeout_s: float = 60,
+    timeout_s: float = 240,
     verification: Verification = "full",
     delta: bool = False,
 ) -> Iterator[BarePipeline]:
@@ -158,13 +158,14 @@ def test_a_stage_that_fails_ends_the_update_everywhere_with_its_reason(
                 raise ArithmeticError("a rank died")
             yield item
 
-    with open_pipeline(servers, kind, tmp_path) as pipeline:
+    with open_pipeline(servers, kind, tmp_path, timeout_s=60) as pipeline:
         pipeline.connect()
         started = time.monotonic()
         with pytest.raises(ArithmeticError if failing == 0 else RuntimeError, match="a rank died"):
             pipeline.send(parts(weights), 0)
         assert all("a rank died" in str(error) for error in pipeline.errors)
         assert time.monotonic() - started < 30
+    # A worker may hold on to the first pipeline until the deadline of that.
     with open_pipeline(servers, kind, tmp_path) as again:
         again.connect()
         again.send(parts(of_stage), 1)
@@ -300,7 +301,7 @@ def nowhere() -> NamedWeights:
 def open_ranks(folder: Path, first_ranks: Sequence[int]) -> Iterator[ServerFleet]:
     """A fleet of one server for ranks that are in a process group."""
     transport.BUCKET_BYTES = 4096
-    config = FleetConfig(transport="gloo", verification="full", update_timeout_s=60)
+    config = FleetConfig(transport="gloo", verification="full", update_timeout_s=240)
     with ExitStack() as stack, Ranks() as ranks:
         senders = stage_senders("vllm", config, run_dir=folder, first_ranks=first_ranks, is_one_node=True, ranks=ranks)
         assert senders is not None
